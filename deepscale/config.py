@@ -1,0 +1,318 @@
+"""Every setting of a run, once: frozen dataclasses with unit, meaning and default rule beside each field.
+
+The command line is made from these classes (`parse`), the tracker's flat parameters too (`flat`). "auto" values are
+resolved by the planner before anything is built; `None` means absent and 0.0 means zero.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from deepscale.depth import blocks_for_depth, depth_of_blocks
+from deepscale.errors import UsageError
+
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+
+
+# ------------------------------------------------------------------------------------------------- values and their text
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    allowed = f"a whole number from {low:,}" + (f" to {high:,}" if high else "")
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", "").replace(",", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+        return value
+
+    return parse
+
+
+def _real(low: float, high: float | None = None) -> Callable[[str], float]:
+    allowed = f"a number from {low:g}" + (f" to {high:g}" if high is not None else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
+        if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+        return value
+
+    return parse
+
+
+def _or(word: str, parse: Callable[[str], Any], value: Any) -> Callable[[str], Any]:
+    def parse_or(text: str) -> Any:
+        if text.lower() == word:
+            return value
+        try:
+            return parse(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor the word {word}") from None
+
+    return parse_or
+
+
+def _auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return _or("auto", parse, AUTO)
+
+
+def parse_depth(text: str) -> int:
+    """Layers as a whole number; the range is checked where blocks are made of it."""
+    try:
+        depth = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of layers; type for example --depth 1004") from None
+    try:
+        blocks_for_depth(depth)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return depth
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    try:
+        blocks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        blocks = ()
+    if len(blocks) != 4 or min(blocks) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of blocks, each at least 1; type for example --blocks 1,1,5,1")
+    return blocks
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90s", "5m" or "2h".
+
+    >>> parse_duration("5m")
+    300.0
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration; type for example 90s, 5m or 2h")
+    return seconds
+
+
+def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known; possible: {', '.join(known)}")
+        return text
+
+    return parse
+
+
+def _option(default: Any, text: str, parse: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"help": text, "parse": parse})
+
+
+def _switch(default: bool | Auto, text: str) -> Any:
+    return field(default=default, metadata={"help": text, "switch": True})
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
+NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
+SKIP_NAMES = ("identity", "none")
+DATASET_NAMES = ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. B batch, C channels of a stage, N blocks of a stage."""
+
+    depth: int = _option(26, "layers: stem + 3 per block + head, rounded up to the next reachable depth", parse_depth)
+    blocks: tuple[int, ...] | None = _option(None, "blocks per stage a,b,c,d; overrides --depth", _blocks)
+    width: int | Auto = _option(AUTO, "channels of stage 1, doubled at each stage; auto: 64 where it fits", _auto(_integer(1)))
+    patch_size: int | Auto = _option(AUTO, "side and stride of the stem's convolution, pixels; auto: 1 where time allows", _auto(_integer(1)))
+    kernel_size: int = _option(3, "side of the depthwise convolutions, pixels, odd", _integer(1))
+    activation: str = _option("gelu", f"activation of the blocks: {', '.join(ACTIVATION_NAMES)}", _choice(ACTIVATION_NAMES))
+    norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}", _choice(NORM_NAMES))
+    norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
+    skip: str = _option("identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}", _choice(SKIP_NAMES))
+    layerscale_init: float | None | Auto = _option(
+        AUTO, "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, none without", _or("none", _auto(_real(-1e6)), None)
+    )
+    layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", _choice(("scalar", "channel")))
+    drop_path: float = _option(0.0, "stochastic depth rate of the last block, growing linearly from 0", _real(0.0, 0.99))
+    sync_batchnorm: bool = _switch(False, "share BatchNorm's batch statistics over ranks")
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise UsageError(f"--kernel-size {self.kernel_size} is even; an odd side keeps the resolution: type 3, 5 or 7")
+        if self.skip == "none" and self.gamma_init == 0.0:
+            raise UsageError(
+                "--skip none with --layerscale-init 0 leaves nothing to train: without a skip the only path is multiplied by "
+                "gamma 0; type --layerscale-init none or 1"
+            )
+
+    @property
+    def gamma_init(self) -> float | None:
+        """Initial LayerScale gamma, None for none; `auto` is the published code's 0 with a skip, and none without."""
+        if self.layerscale_init == AUTO:
+            return 0.0 if self.skip == "identity" else None
+        return self.layerscale_init
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Blocks of the four stages."""
+        return self.blocks or blocks_for_depth(self.depth)
+
+    @property
+    def built_depth(self) -> int:
+        """Layers of the network that is really built."""
+        return depth_of_blocks(self.stage_blocks)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    dataset: str = _option(AUTO, f"data set: {', '.join(DATASET_NAMES)}; auto: CIFAR-10, or synthetic where it cannot be had", _choice(DATASET_NAMES))
+    data_dir: str = _option("data", "folder of the data sets; an image folder holds {train,test}/<class>/*")
+    download: bool = _switch(True, "download a missing data set")
+    feed: str = _option(AUTO, "what feeds the images: ffcv, tensors (in memory), or auto", _choice(("auto", "ffcv", "tensors")))
+    batch_size: int | Auto = _option(AUTO, "images per optimiser step over all ranks; auto: 64 where time allows", _auto(_integer(1)))
+    augment: bool = _switch(True, "random crop (padding 4) and horizontal flip in training")
+    color_jitter: float = _option(0.0, "brightness, contrast and saturation jitter; the original study: 0.2", _real(0.0, 1.0))
+    workers: int | Auto = _option(AUTO, "threads of the feed per rank", _auto(_integer(1)))
+    eval_images: int | Auto = _option(
+        AUTO, "images of validation and of test that are evaluated; auto: all, or what the time budget allows", _auto(_integer(1))
+    )
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Optimiser, schedule and length."""
+
+    lr: float = _option(1e-3, "peak learning rate of AdamW", _real(0.0))
+    weight_decay: float = _option(0.01, "decoupled weight decay of convolution and linear weights", _real(0.0))
+    beta1: float = _option(0.9, "AdamW's beta1; the onecycle schedule cycles it 0.95 -> 0.85 -> 0.95", _real(0.0, 0.9999))
+    beta2: float = _option(0.999, "AdamW's beta2", _real(0.0, 0.99999))
+    eps: float = _option(1e-8, "AdamW's epsilon", _real(0.0))
+    schedule: str = _option("onecycle", "learning rate over the run: onecycle, cosine, constant", _choice(("onecycle", "cosine", "constant")))
+    clip: float = _option(5.0, "largest global gradient norm; 0 switches clipping off", _real(0.0))
+    accumulation: int = _option(1, "micro batches per optimiser step", _integer(1))
+    epochs: int = _option(100, "passes over the training images", _integer(1))
+    max_steps: int | None = _option(None, "optimiser steps; ends the run before --epochs", _or("none", _integer(1), None))
+    time_budget: float | None = _option(None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", _or("none", parse_duration, None))
+    eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(_integer(1)))
+    seed: int = _option(0, "initial values, data order and augmentation", _integer(0, 2**31 - 1))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the network runs: engine, memory, precision."""
+
+    engine: str = _option("deepspeed", "deepspeed, or torch for the same loop without it", _choice(("deepspeed", "torch")))
+    zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(_integer(0, 3)))
+    offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", _choice(("auto", "none", "cpu", "nvme")))
+    deepspeed_config: str | None = _option(None, "a DeepSpeed configuration file instead of the ones in ds_configs/")
+    precision: str = _option(AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", _choice(("auto", "fp32", "bf16", "fp16")))
+    recompute: bool | Auto = _switch(AUTO, "keep only the inputs of stacks and recompute the rest in backward")
+    stack_size: int | Auto = _option(AUTO, "blocks per stack; auto: about sqrt(blocks)", _auto(_integer(1)))
+    device: str = _option(AUTO, "cuda, cpu, or auto", _choice(("auto", "cuda", "cpu")))
+    threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(_integer(1)))
+    local_rank: int = _option(-1, "set by DeepSpeed's launcher", int)
+    verbose: bool = _switch(False, "show all messages of DeepSpeed and other libraries")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run is recorded."""
+
+    tracking: bool = _switch(True, "record the run in MLflow (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
+    experiment: str = _option("deepscale", "MLflow experiment")
+    run_name: str | None = _option(None, "name of the run; default: made of depth and what differs from the defaults")
+    checkpoint_dir: str | None = _option(None, "folder for the trained weights (model.safetensors); default: not saved")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def replace(self, **values: Any) -> "Config":
+        """A copy with these settings changed, named flat: `config.replace(width=16, zero=2)`.
+
+        Raises UsageError for a name that is no setting, listing the known ones.
+        """
+        unknown = set(values) - set(flat(self))
+        if unknown:
+            raise UsageError(f"setting {sorted(unknown)[0]!r} is not known; possible: {', '.join(flat(self))}")
+        groups = {}
+        for group in dataclasses.fields(self):
+            part = getattr(self, group.name)
+            own = {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
+            groups[group.name] = dataclasses.replace(part, **own)
+        return Config(**groups)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its flat name, in order of declaration."""
+    parts = (getattr(config, group.name) for group in dataclasses.fields(config))
+    return {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
+
+
+def differing(config: Config) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    default = flat(Config())
+    return {name: value for name, value in flat(config).items() if value != default[name]}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (all settings: {self.prog} --help)")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
+    """Adds one option per field of these dataclasses."""
+    for group in groups:
+        section = parser.add_argument_group((group.__doc__ or "").splitlines()[0])
+        for f in dataclasses.fields(group):
+            flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            if f.metadata.get("switch"):
+                section.add_argument(flag, help=text, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction)
+            else:
+                names = [flag] + (["--" + f.name] if "_" in f.name else [])
+                section.add_argument(*names, help=text, default=argparse.SUPPRESS, type=f.metadata["parse"], metavar="X", dest=f.name)
+
+
+GROUPS = (ModelConfig, DataConfig, RecipeConfig, EngineConfig, TrackingConfig)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are `UsageError`s; abbreviations of options are refused."""
+    return _Parser(prog=prog, description=description, allow_abbrev=False)
+
+
+def from_namespace(values: argparse.Namespace) -> Config:
+    """The settings of a parsed command line; options that are no setting are left out."""
+    known = flat(Config())
+    return Config().replace(**{name: value for name, value in vars(values).items() if name in known})
+
+
+def parse(arguments: Sequence[str] | None = None, prog: str = "deepspeed deepscale/train.py") -> Config:
+    """The settings of a command line. Raises UsageError with a sentence for bad input."""
+    command = parser(prog, "Train a ConvNeXt of any depth. Every setting left out is `auto` or its default.")
+    add_arguments(command, *GROUPS)
+    return from_namespace(command.parse_args(arguments))

@@ -1,0 +1,56 @@
+"""What can go wrong by a user's hand, as sentences instead of tracebacks.
+
+Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 130 for Ctrl-C.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager
+import sys
+
+
+class DeepscaleError(Exception):
+    """Base of the errors that end a command with one sentence on standard error."""
+
+    exit_code = 1
+
+
+class UsageError(DeepscaleError):
+    """Bad input: the message says what was given, what is possible and what to type."""
+
+    exit_code = 2
+
+
+class MissingPackageError(UsageError):
+    """An optional package is not installed; the message names it and the extra that brings it."""
+
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
+        how = f"pip install 'deepscale[{extra}]'" if extra else "pip install deepscale"
+        super().__init__(f"{purpose} needs the package {package}, which is not installed: type {how}")
+
+
+class NonFiniteError(DeepscaleError):
+    """The loss turned NaN or infinite; the message names the step and the layer."""
+
+    exit_code = 3
+
+
+def unknown_choice(what: str, given: str, known: Iterable[str]) -> UsageError:
+    """The sentence for an unknown name, listing the known ones."""
+    return UsageError(f"{what} {given!r} is not known; possible: {', '.join(known)}")
+
+
+@contextmanager
+def _exit_with_sentence() -> "AbstractContextManager[None]":  # type: ignore[misc]
+    try:
+        yield
+    except DeepscaleError as error:
+        print(f"deepscale: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("deepscale: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a command's entry point: known errors become one sentence and their exit code."""
+    return _exit_with_sentence()(main)  # type: ignore[operator, no-any-return]
