@@ -1,0 +1,1 @@
+"""deepscale: how deep can I train, what makes it trainable, and what do the gradients do on the way?"""
