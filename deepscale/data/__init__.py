@@ -29,8 +29,8 @@ class Feed(Protocol):
     images: int
     steps: int
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch from batch `start` on: images float32 (B, C, H, W), normalised, channels_last; labels int64 (B,)."""
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an epoch: images float32 (B, C, H, W), normalised, channels_last; labels int64 (B,)."""
         ...
 
 
@@ -74,8 +74,6 @@ def _ffcv(source: Source, data: DataConfig, device: torch.device, options: dict[
             feed = beton.open_train_feed(source, data, device=device, **options)
         except beton.FeedUnavailable as unavailable:
             why = str(unavailable)
-    except ImportError as missing:
-        why = f"{missing}"
     except DeepscaleError as known:
         why, error = str(known), known
     works = _over_ranks(int(feed is not None), device)  # reached on every rank, or the others would wait for ever

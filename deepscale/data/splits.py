@@ -7,8 +7,8 @@ the classes equally often, which makes evaluating the first n images a fair esti
 Shapes: M images, H height, W width, C channels; pixels are uint8, 0..255.
 """
 
-from dataclasses import dataclass
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,12 @@ def hold_out(labels: Labels, name: str) -> tuple[NDArray[np.int64], NDArray[np.i
     wanted = np.where(counts > 1, np.maximum(1, np.rint(counts * fraction)), 0)
     held = rounds < wanted[labels[order]]
     return np.sort(order[~held]), order[held]
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order (images,) of all training images in one epoch, the same on every rank and for every feed."""
+    order: NDArray[np.int64] = np.random.default_rng([seed, epoch]).permutation(images)
+    return order
 
 
 def measure(images: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:

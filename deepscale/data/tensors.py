@@ -11,12 +11,12 @@ crops come from a view of all windows, and work runs on the host's arrays where 
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepscale.data.augment import Draws, Normalise, colour, crop, flip, to_device
-from deepscale.data.splits import DatasetInfo, Split
+from deepscale.data.splits import DatasetInfo, Split, epoch_order
 
 
 class _Pixels:
@@ -68,7 +68,7 @@ class TrainFeed:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (B, C, H, W), normalised, channels_last, and labels int64 (B,), from batch `start` on."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+        order = epoch_order(self.images, self.seed, epoch)
         for step in range(start, self.steps):
             everyone = order[step * self.global_batch : (step + 1) * self.global_batch]
             images, labels = self.pixels.take(everyone[self.mine])
