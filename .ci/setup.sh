@@ -173,7 +173,7 @@ main() {
     PYTHON=$(find_python)
     DEBIAN_PYTHON=$(debian_python)
     if [[ -x $VENV/bin/python && -f $STAMP && $(head -n 1 "$STAMP") == "$(key)" ]]; then
-        sed -n '2s/^/setup: ready, /p' "$STAMP"
+        sed -n '2s|..*|setup: ready, &|p' "$STAMP"
         return
     fi
     mkdir -p "$VENV"
