@@ -1,0 +1,201 @@
+"""ConvNeXt (arXiv:2201.03545) of any depth, made of BlockStacks.
+
+The network of "Going Beyond the 1000-Layer Convolution Network": a p x p stem convolution and norm; four stages of width
+C, 2C, 4C, 8C; before stages 2, 3 and 4 a norm and a 2x2 convolution of stride 2; head of global average pool, norm and
+linear. `plain_names` maps every parameter to its name in the plain network (`reference.py`), in path order.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepscale.config import ModelConfig
+from deepscale.depth import STAGES
+from deepscale.models.components import ChannelNorm, RunningStatistics
+from deepscale.models.initial import fill
+from deepscale.models.stack import BlockSpec, BlockStack
+
+
+def outer_norm(model: ModelConfig) -> str:
+    """The norm outside the blocks: --norm-scope blocks leaves the published LayerNorm there."""
+    return model.norm if model.norm_scope == "all" else "layernorm"
+
+
+def block_spec(model: ModelConfig, channels: int) -> BlockSpec:
+    """What the blocks of a stage of this width share."""
+    gamma = "none" if model.gamma_init is None else model.layerscale_shape
+    return BlockSpec(channels, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm)
+
+
+def default_stack_size(stage_blocks: tuple[int, ...]) -> int:
+    """About sqrt(blocks): the size that balances kept inputs against one recomputed stack (arXiv:1604.06174)."""
+    return max(1, round(math.sqrt(sum(stage_blocks))))
+
+
+def default_segment(stage_blocks: tuple[int, ...]) -> int:
+    """Blocks recomputed together: a kept input is about a tenth of what a block's backward needs, so sqrt(blocks / 10) holds least."""
+    return max(1, round(math.sqrt(sum(stage_blocks) / 10)))
+
+
+def split_evenly(blocks: int, largest: int) -> list[int]:
+    """`blocks` in as few parts of at most `largest` as possible, sizes differing by at most one."""
+    parts = -(-blocks // largest)
+    return [blocks * (i + 1) // parts - blocks * i // parts for i in range(parts)]
+
+
+class Convolution(nn.Module):
+    """norm after (stem) or before (downsampling) a strided convolution, on channels-last memory."""
+
+    def __init__(self, kind: str, sync: bool, channels: tuple[int, int], side: int, norm_first: bool) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.norm = ChannelNorm(kind, channels[0] if norm_first else channels[1], sync)
+        self.conv = nn.Conv2d(channels[0], channels[1], side, side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.norm_first:
+            return self.conv(self._normalise(x))
+        return self._normalise(self.conv(x))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Head(nn.Module):
+    """Global average pool, norm, linear: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, kind: str, sync: bool, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(kind, channels, sync)
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x.mean((2, 3))))
+
+
+class Stage(nn.Module):
+    """Downsampling (but for the first stage), then the stage's blocks in stacks."""
+
+    def __init__(self, downsample: Convolution | None, stacks: list[BlockStack]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.stacks = nn.ModuleList(stacks)
+
+
+@dataclass(frozen=True)
+class PlainName:
+    """Where a parameter of the plain network lives here: parameter `name`, block `index` of its stack or None."""
+
+    name: str
+    index: int | None
+
+
+class ConvNeXt(nn.Module):
+    """images (B, channels, H, W) -> logits (B, classes).
+
+    `width` and `patch_size` must be resolved numbers. Neither `stack_size` (blocks
+    per stack) nor `segment` (blocks recomputed together, 0 for none) changes a value.
+    """
+
+    def __init__(self, model: ModelConfig, *, classes: int = 10, channels: int = 3, stack_size: int | None = None, segment: int = 0) -> None:
+        super().__init__()
+        assert isinstance(model.width, int) and isinstance(model.patch_size, int), "resolve auto first (plan.py)"
+        self.config = model
+        blocks = model.stage_blocks
+        largest = stack_size or default_stack_size(blocks)
+        kind, sync, total = outer_norm(model), model.sync_batchnorm, sum(blocks)
+        self.stem = Convolution(kind, sync, (channels, model.width), model.patch_size, norm_first=False)
+        stages, done = [], 0
+        for s in range(STAGES):
+            width = model.width * 2**s
+            downsample = Convolution(kind, sync, (width // 2, width), 2, norm_first=True) if s else None
+            stacks, first = [], 0
+            for n in split_evenly(blocks[s], largest):
+                rates = drop_rates(model.drop_path, done + first, n, total)
+                stacks.append(BlockStack(block_spec(model, width), first, n, segment, rates))
+                first += n
+            stages.append(Stage(downsample, stacks))
+            done += blocks[s]
+        self.stages = nn.ModuleList(stages)
+        self.head = Head(kind, sync, model.width * 2 ** (STAGES - 1), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = stream(self.stem(x))
+        for stage in self.stages:
+            if stage.downsample is not None:
+                x = stream(stage.downsample(x))
+            for stack in stage.stacks:
+                x = stack(x)
+        return self.head(x)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> "ConvNeXt":
+        """Writes all initial values (initial.py)."""
+        parameters = dict(self.named_parameters())
+        for plain, where in self.plain_names():
+            parameter = parameters[where.name]
+            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config.gamma_init)
+        for module in self.modules():
+            if isinstance(module, RunningStatistics):
+                module.reset_parameters()
+        return self
+
+    def plain_names(self) -> Iterator[tuple[str, PlainName]]:
+        """(name in the plain network, place here) of every parameter, in path order from image to logits."""
+        for own in _names(self.stem, "stem."):
+            yield own, PlainName(own, None)
+        for s, stage in enumerate(self.stages):
+            if stage.downsample is not None:
+                for own in _names(stage.downsample, f"stages.{s}.downsample."):
+                    yield own, PlainName(own, None)
+            for t, stack in enumerate(stage.stacks):
+                for i in range(stack.blocks):
+                    for name in stack.spec.shapes():
+                        plain = f"stages.{s}.blocks.{stack.first + i}.{name}"
+                        yield plain, PlainName(f"stages.{s}.stacks.{t}.{name.replace('.', '_')}", i)
+        for own in _names(self.head, "head."):
+            yield own, PlainName(own, None)
+
+
+def _names(module: nn.Module, prefix: str) -> Iterator[str]:
+    return (prefix + name for name, _ in module.named_parameters())
+
+
+def drop_rates(last: float, first: int, blocks: int, total: int) -> tuple[float, ...] | None:
+    """Stochastic depth's rates of these blocks, growing linearly from 0 to `last` over all blocks (arXiv:1603.09382)."""
+    return tuple(last * (first + i) / max(1, total - 1) for i in range(blocks)) if last else None
+
+
+def stream(x: Tensor) -> Tensor:
+    """The residual stream is at least float32: 3,333 additions of 1/3,333 to 1.0 leave 1.0 in bfloat16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def decays(plain_name: str) -> bool:
+    """Weight decay goes by role: convolution and linear weights, never biases, norms or gamma, whatever their dimensions."""
+    owner, _, kind = plain_name.rpartition(".")
+    return kind == "weight" and not owner.endswith("norm")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two optimiser groups, with and without decay, by role."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[decays(name.replace("_weight", ".weight"))].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def count_parameters(model: ModelConfig, classes: int = 10, channels: int = 3) -> int:
+    """Parameters of the network, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ConvNeXt(model, classes=classes, channels=channels).parameters())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy in at least float32."""
+    return F.cross_entropy(stream(logits), labels)

@@ -1,0 +1,303 @@
+"""BlockStack: n consecutive equal ConvNeXt blocks as one module whose parameters carry a leading block axis (n, ...).
+
+At depth everything that costs per parameter tensor or per operator dominates, so a stack is also one node of autograd with
+a hand-written backward (`_StackFunction`). The block is ConvNeXt's (arXiv:2201.03545) as the original study counts it:
+
+    y = dwconv(x); xhat = standardise(y); h = W1 (w * xhat + b) + b1; out = x + gamma * (W2 f(h) + b2)
+
+What is done once per stack instead of once per block:
+- the norm's affine part (w, b) is folded into W1 and b1, and in full precision gamma into W2 and b2. Their gradients, and
+  those of W1 and W2, follow from the folded weights' gradients by the chain rule, for all n blocks at once;
+- casts to the branch's low precision.
+The residual stream, gamma and the norm's statistics keep the stream's dtype (float32 under autocast).
+
+With recomputation (arXiv:1604.06174) only the input of every segment of blocks is kept; backward runs the segment's forward
+again. Segments may be smaller than stacks: fewer blocks are held at once and stay in cache, at no more tensors. Tensors stay in
+channels-last memory, so that convolutions see (B, C, H, W) and the rest rows (M, C) of the same memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, RunningStatistics, Standardise, batch_moments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What all blocks of a stage share. `gamma` is "none", "scalar" or "channel"."""
+
+    channels: int
+    kernel_size: int
+    activation: str
+    norm: str
+    skip: str
+    gamma: str
+    sync_batchnorm: bool = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes of one block, by their names in the plain network."""
+        c, k = self.channels, self.kernel_size
+        shapes: dict[str, tuple[int, ...]] = {"dwconv.weight": (c, 1, k, k), "dwconv.bias": (c,)}
+        if self.norm != "none":
+            shapes["norm.weight"] = (c,)
+        if self.norm in ("layernorm", "batchnorm"):
+            shapes["norm.bias"] = (c,)
+        shapes |= {"pwconv1.weight": (4 * c, c), "pwconv1.bias": (4 * c,), "pwconv2.weight": (c, 4 * c), "pwconv2.bias": (c,)}
+        if self.gamma != "none":
+            shapes["gamma"] = (1,) if self.gamma == "scalar" else (c,)
+        return shapes
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) in channels-last memory -> (M, C), the same memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class _Weights:
+    """A stack's weights made ready for its blocks: folded, cast to the branch's dtype, and split into blocks."""
+
+    def __init__(self, spec: BlockSpec, parameters: dict[str, Tensor], stream: torch.dtype, branch: torch.dtype) -> None:
+        p = {name: value.to(stream) for name, value in parameters.items()}
+        w1, b1, w2, b2 = p["pwconv1.weight"], p["pwconv1.bias"], p["pwconv2.weight"], p["pwconv2.bias"]
+        if "norm.bias" in p:
+            b1 = b1 + (w1 @ p["norm.bias"][:, :, None])[:, :, 0]
+        if "norm.weight" in p:
+            w1 = w1 * p["norm.weight"][:, None, :]
+        # A low-precision branch is scaled in the stream's precision instead: a small gamma times W2 would underflow in fp16.
+        self.gamma = p["gamma"].unbind(0) if "gamma" in p and branch != stream else None
+        if "gamma" in p and self.gamma is None:
+            w2, b2 = w2 * p["gamma"][:, :, None], b2 * p["gamma"]
+        self.dw, self.dw_bias = p["dwconv.weight"].to(branch).unbind(0), p["dwconv.bias"].to(branch).unbind(0)
+        self.w1, self.b1 = w1.to(branch).unbind(0), b1.to(branch).unbind(0)
+        self.w2, self.b2 = w2.to(branch).unbind(0), b2.to(branch).unbind(0)
+        self.branch, self.stream, self.blocks = branch, stream, len(self.w1)
+
+
+@dataclass
+class _Saved:
+    """What one block's backward needs: its input (B, C, H, W), xhat (M, C), inverse deviation, h and a (M, 4C)."""
+
+    x: Tensor
+    xhat: Tensor
+    inverse: Tensor
+    h: Tensor
+    a: Tensor
+
+
+class _Work:
+    """One stack's pass: the block's forward and backward in plain tensor operations, without autograd."""
+
+    def __init__(self, spec: BlockSpec, weights: _Weights, norms: list[Standardise], masks: Tensor | None) -> None:
+        self.spec, self.weights, self.norms = spec, weights, norms
+        self.masks = None if masks is None else masks.unbind(0)  # each (M, 1): 0, or 1 / (1 - rate)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def hidden(self, x: Tensor, i: int, moments: Tensor | None = None) -> _Saved:
+        """Block i up to its activation. With `moments` (2, n, C), BatchNorm's statistics are measured and written there."""
+        w, k = self.weights, self.spec.kernel_size
+        y = _rows(F.conv2d(x.to(w.branch), w.dw[i], w.dw_bias[i], padding=k // 2, groups=self.spec.channels))
+        y = y.to(w.stream) if self.spec.norm != "none" else y
+        if moments is not None:
+            moments[0, i], moments[1, i] = batch_moments(y, self.spec.sync_batchnorm)
+        xhat, inverse = self.norms[i].forward(y)
+        xhat = xhat.to(w.branch)
+        h = torch.addmm(w.b1[i], xhat, w.w1[i].t())
+        return _Saved(x, xhat, inverse, h, self.activation.forward(h))
+
+    def output(self, saved: _Saved, i: int) -> Tensor:
+        """Block i from its activation to its output (B, C, H, W)."""
+        w = self.weights
+        x = saved.x
+        out = torch.addmm(w.b2[i], saved.a, w.w2[i].t())  # (M, C)
+        if w.gamma is not None:
+            out = out * w.gamma[i]
+        elif out.dtype != w.stream:
+            out = out.to(w.stream)
+        if self.masks is not None:
+            out = out.mul_(self.masks[i])
+        if self.spec.skip == "identity":
+            out = out.add_(_rows(x))
+        batch, channels, height, width = x.shape
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def backward(self, g: Tensor, saved: _Saved, i: int, grads: "_Gradients") -> Tensor:
+        """Gradient (M, C) on block i's output -> on its input; the folded weights' gradients are written to `grads`."""
+        w, k, c = self.weights, self.spec.kernel_size, self.spec.channels
+        masked = g if self.masks is None else g * self.masks[i]
+        branch = masked.to(w.branch)
+        scaled = branch if w.gamma is None else (masked * w.gamma[i]).to(w.branch)
+        grads.write(grads.w2, i, branch.t(), saved.a)  # (C, 4C)
+        torch.sum(masked, 0, out=grads.b2[i])
+        dh = self.activation.backward(scaled @ w.w2[i], saved.h, saved.a)  # (M, 4C)
+        torch.sum(dh, 0, dtype=w.stream, out=grads.b1[i])
+        grads.write(grads.w1, i, saved.xhat.t(), dh)  # (C, 4C)
+        dxhat = dh @ w.w1[i]
+        if self.spec.norm != "none":
+            dy = self.norms[i].backward(dxhat.to(w.stream), saved.xhat.to(w.stream), saved.inverse)
+        else:
+            dy = dxhat
+        batch, _, height, width = saved.x.shape
+        dy = dy.to(w.branch).view(batch, height, width, c).permute(0, 3, 1, 2)
+        dx, dw, dw_bias = aten.convolution_backward(
+            dy, saved.x.to(w.branch), w.dw[i], [c], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [True, True, True]
+        )
+        grads.dw[i].copy_(dw)
+        grads.dw_bias[i].copy_(dw_bias)
+        return _rows(dx).to(w.stream).add_(g) if self.spec.skip == "identity" else _rows(dx).to(w.stream)
+
+
+class _Gradients:
+    """Gradients of a stack's folded weights, filled block by block, then unfolded for all blocks at once."""
+
+    def __init__(self, spec: BlockSpec, blocks: int, like: Tensor) -> None:
+        n, c, k = blocks, spec.channels, spec.kernel_size
+        self.stacked = {
+            "dw": like.new_empty(n, c, 1, k, k),
+            "dw_bias": like.new_empty(n, c),
+            "w1": like.new_empty(n, c, 4 * c),
+            "b1": like.new_empty(n, 4 * c),
+            "w2": like.new_empty(n, c, 4 * c),
+            "b2": like.new_empty(n, c),
+        }
+        self.dw, self.dw_bias, self.w1, self.b1, self.w2, self.b2 = (value.unbind(0) for value in self.stacked.values())
+
+    @staticmethod
+    def write(into: tuple[Tensor, ...], i: int, left: Tensor, right: Tensor) -> None:
+        """into[i] = left @ right, in the branch's dtype and kept in the stream's."""
+        if left.dtype == into[i].dtype:
+            torch.mm(left, right, out=into[i])
+        else:
+            into[i].copy_(left @ right)
+
+    def unfolded(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the stack's own parameters, by the chain rule through the folding."""
+        s = self.stacked
+        p = {name: value.to(s["b2"].dtype) for name, value in parameters.items()}
+        w1, b1, w2, b2 = torch.empty_like(p["pwconv1.weight"]).copy_(s["w1"].transpose(1, 2)), s["b1"], s["w2"], s["b2"]
+        grads = {"dwconv.weight": s["dw"], "dwconv.bias": s["dw_bias"], "pwconv1.bias": b1}
+        if "norm.weight" in p:  # W1' = W1 * w, b1' = b1 + W1 b
+            grads["norm.weight"] = (w1 * p["pwconv1.weight"]).sum(1)
+            w1.mul_(p["norm.weight"][:, None, :])
+        if "norm.bias" in p:
+            grads["norm.bias"] = (b1[:, None, :] @ p["pwconv1.weight"])[:, 0, :]
+            w1.addcmul_(b1[:, :, None], p["norm.bias"][:, None, :])
+        if "gamma" in p:  # W2' = gamma W2, b2' = gamma b2
+            gamma = (w2 * p["pwconv2.weight"]).sum(2) + b2 * p["pwconv2.bias"]
+            grads["gamma"] = gamma.sum(1, keepdim=True) if p["gamma"].shape[1] == 1 else gamma
+            w2, b2 = w2.mul_(p["gamma"][:, :, None]), b2 * p["gamma"]
+        grads |= {"pwconv1.weight": w1, "pwconv2.weight": w2, "pwconv2.bias": b2}
+        return {name: grads[name].to(value.dtype) for name, value in parameters.items()}
+
+
+class _StackFunction(torch.autograd.Function):
+    """The stack as one node of autograd. See BlockStack.forward for the arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, segment: int | None, masks: Tensor | None, *parameters: Tensor) -> Tensor:
+        spec, moments = stack.spec, None
+        if spec.norm == "batchnorm":
+            statistics = stack.statistics
+            measured = stack.training
+            moments = torch.empty_like(statistics.pending) if measured else torch.stack([statistics.running_mean, statistics.running_var])
+            moments = moments.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            named = dict(zip(spec.shapes(), parameters, strict=True))
+            weights = _Weights(spec, named, x.dtype, branch)
+            work = _Work(spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), masks)
+            kept: list[_Saved] = []
+            inputs, first = [], x
+            for i in range(weights.blocks):
+                if segment and i % segment == 0:
+                    inputs.append(x)
+                saved = work.hidden(x, i, moments if spec.norm == "batchnorm" and stack.training else None)
+                x = work.output(saved, i)
+                if segment == 0:
+                    kept.append(saved)
+        if moments is not None and stack.training:
+            stack.statistics.add(moments[0], moments[1], first.numel() // spec.channels)
+        ctx.save_for_backward(first, *parameters)
+        ctx.spec, ctx.kept, ctx.inputs, ctx.segment = spec, kept, inputs, segment
+        ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
+        x, *parameters = ctx.saved_tensors
+        spec = ctx.spec
+        with torch.autocast(x.device.type, enabled=False):
+            named = dict(zip(spec.shapes(), parameters, strict=True))
+            weights = _Weights(spec, named, x.dtype, ctx.branch)
+            work = _Work(spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), ctx.masks)
+            saved = ctx.kept
+            batch, channels, height, width = x.shape
+            grads = _Gradients(spec, weights.blocks, x)
+            g = _rows(outputs[0].contiguous(memory_format=torch.channels_last))
+            for i in reversed(range(weights.blocks)):
+                if not saved:
+                    first = i - i % ctx.segment
+                    saved = _recompute(work, ctx.inputs.pop(), first, i)
+                g = work.backward(g, saved.pop(), i, grads)
+            dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
+            return dx, None, None, None, None, *grads.unfolded(named).values()
+
+
+def _norms(spec: BlockSpec, blocks: int, moments: Tensor | None, fixed: bool) -> list[Standardise]:
+    if moments is None:
+        return [ROW_NORMS[spec.norm](EPS[spec.norm])] * blocks
+    means, variances = moments.unbind(0)
+    pairs = zip(means.unbind(0), variances.unbind(0), strict=True)
+    return [BatchStandardise(EPS[spec.norm], mean, variance, fixed, spec.sync_batchnorm) for mean, variance in pairs]
+
+
+def _recompute(work: _Work, x: Tensor, first: int, last: int) -> list[_Saved]:
+    """Blocks first ... last forward again from their input, keeping what each one's backward needs."""
+    saved = [work.hidden(x, first)]
+    for i in range(first + 1, last + 1):
+        saved.append(work.hidden(work.output(saved[-1], i - 1), i))
+    return saved
+
+
+class BlockStack(nn.Module):
+    """Blocks `first` ... `first + blocks - 1` of a stage.
+
+    Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
+    (n, 1) or (n, C). `segment` is the number of blocks recomputed together in backward, from the one input kept for them; 0 keeps all. `drop_rates` (n,): stochastic depth
+    (arXiv:1603.09382), a per-sample mask on the branch.
+    """
+
+    def __init__(self, spec: BlockSpec, first: int, blocks: int, segment: int = 0, drop_rates: tuple[float, ...] | None = None) -> None:
+        super().__init__()
+        self.spec, self.first, self.blocks, self.segment, self.drop_rates = spec, first, blocks, segment, drop_rates
+        for name, shape in spec.shapes().items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.empty(blocks, *shape)))
+        if spec.norm == "batchnorm":
+            self.statistics = RunningStatistics(blocks, spec.channels)
+
+    def stacked(self) -> dict[str, nn.Parameter]:
+        """The parameters by the plain network's names within a block."""
+        return {name: getattr(self, name.replace(".", "_")) for name in self.spec.shapes()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W), in the stream's dtype; the branch runs in autocast's dtype where that is on."""
+        device = x.device.type
+        parameters = tuple(self.stacked().values())
+        branch = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+        segment = self.segment if torch.is_grad_enabled() else None
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _StackFunction.apply(x, self, branch, segment, self._masks(x), *parameters)
+
+    def _masks(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth's factors, (n, M, 1), or None."""
+        if not self.training or self.drop_rates is None:
+            return None
+        rates = torch.tensor(self.drop_rates, device=x.device)[:, None]
+        kept = (torch.rand(self.blocks, x.shape[0], device=x.device) >= rates) / (1 - rates)  # (n, B)
+        return kept.to(x.dtype).repeat_interleave(x.shape[2] * x.shape[3], dim=1)[:, :, None]
