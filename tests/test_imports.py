@@ -32,7 +32,7 @@ for name in sys.argv[2].split(","):
         importlib.import_module(name)
     except BaseException as error:
         failed.append(f"{name}: {type(error).__name__}: {error}")
-sys.exit("\\n".join(failed))
+sys.exit("\\n".join(failed) or 0)
 """
 
 
