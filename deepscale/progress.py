@@ -87,13 +87,13 @@ class Progress:
         """Shows the state after `step` steps (1..total_steps). accuracy is a share of 1, None where it is not known."""
         if not self._enabled:
             return
-        numbers = describe(loss, accuracy, images_per_s, remaining_s)
+        line = f"step {count(step)}/{count(self.total_steps)}  {describe(loss, accuracy, images_per_s, remaining_s)}"
         with self._lock:
+            self._pending = line
             if self._live is not None:
                 bar, task = self._live
-                bar.update(task, completed=step, numbers=numbers)
+                bar.update(task, completed=step, description=line)
                 return
-            self._pending = f"step {count(step)}/{count(self.total_steps)}  {numbers}"
             now = time.monotonic()
             if self._last_shown_s is None or now - self._last_shown_s >= self.interval_s or step >= self.total_steps:
                 self._last_shown_s = now
@@ -112,12 +112,12 @@ class Progress:
                 self._print(f"warning: {line}", style="yellow")
 
     def close(self) -> None:
-        """Shows the last state and takes the live line away. A second call does nothing."""
+        """Takes the live line away and leaves the last state as a plain line. A second call does nothing."""
         with self._lock:
-            self._flush()
             if self._live is not None:
                 self._live[0].stop()
                 self._live = None
+            self._flush()
 
     def __enter__(self) -> "Progress":
         return self
@@ -163,13 +163,15 @@ def _live_line(stream: TextIO, total_steps: int) -> tuple[Any, Any] | None:
         return None
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import BarColumn, ProgressColumn, TextColumn
         from rich.progress import Progress as Bar
     except ImportError:
         return None
     console = Console(file=stream)
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[numbers]}"))
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
+    if console.width >= 90:
+        columns.insert(0, BarColumn(bar_width=20))
     bar = Bar(*columns, console=console, transient=True, refresh_per_second=4)
-    task = bar.add_task("train", total=total_steps, numbers="")
+    task = bar.add_task("waiting for the first step", total=total_steps)
     bar.start()
     return bar, task

@@ -220,17 +220,19 @@ def view_command(uri: str) -> str:
     return shlex.join([*words, "ui", "--backend-store-uri", shown(uri), "--host", "127.0.0.1"])
 
 
-def preload() -> None:
-    """Starts `import mlflow` in the background, so that its 1 to 5 s pass while something else waits. Does nothing without MLflow.
+def preload() -> threading.Thread | None:
+    """Starts `import mlflow` in the background, so that its 1 to 5 s pass while something else waits; None without MLflow.
 
-    Call it after `import torch`, which it does not import.
+    Call it after `import torch` (which MLflow does not import), and join the thread before a fork: a child that inherits a half-done
+    import waits for it for ever. `open_tracker` needs no join.
     """
     if not _has_mlflow():
-        return
+        return None
     thread = threading.Thread(target=_preload, daemon=True, name="deepscale-import-mlflow")
     thread.start()
     # An interpreter that ends in the middle of loading a C extension can crash.
     atexit.register(thread.join, 20.0)
+    return thread
 
 
 def open_tracker(
@@ -291,8 +293,9 @@ def _has_mlflow() -> bool:
 
 
 def _preload() -> None:
-    # The tracker meets the same error, and says it; here it only means that nothing is loaded ahead.
-    with suppress(ImportError):
+    # The tracker meets the same error, and says it; here it only means that nothing is loaded ahead. RuntimeError: the command ends
+    # already (bad input), and MLflow's modules may no longer register what they do at exit.
+    with suppress(ImportError, RuntimeError):
         import_mlflow()
         for name in _FIRST_USED:
             importlib.import_module(name)
