@@ -267,7 +267,7 @@ def _build(name: str, place: Path, here: dict[str, Any], say: Say, verbose: bool
 
 def _run_build(name: str, place: Path, log: Path) -> int:
     """Runs `build_and_check` in a process of its own; its exit code, negative for a signal."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(place.parent), "PATH": _path_with_ninja()}
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(place.parent), "PATH": _path_with_ninja(), "DS_ACCELERATOR": "cpu"}
     program = "import sys; sys.path.append(sys.argv[1]); from deepscale.ops import build_and_check; build_and_check(sys.argv[2])"
     command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), name]
     with log.open("w") as output:

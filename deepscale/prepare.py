@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     command.add_argument("--ops-dir", metavar="D", help="folder for DeepSpeed's CPU ops (default: .deepscale/ops in the data folder)")
     values = command.parse_args(arguments)
     data = from_namespace(values).data
+    os.environ["DS_ACCELERATOR"] = "cpu"  # these ops are the CPU's, whatever a login node has
     ops = Path(values.ops_dir or Path(data.data_dir, ".deepscale", "ops")).expanduser().absolute()
 
     _check_writable(ops, "--ops-dir")
