@@ -82,7 +82,10 @@ def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, H, W, 1); one channel stays as it is."""
-    return images @ images.new_tensor(GREY).unsqueeze(1) if images.shape[3] == 3 else images
+    if images.shape[3] != 3:
+        return images
+    red, green, blue = images.split(1, dim=3)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 COLOUR_STEPS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (

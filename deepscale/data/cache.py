@@ -4,6 +4,7 @@ Decoded images are plain .npy files, memory-mapped, so that the ranks of a machi
 under a temporary name, renamed when complete, and their digest is checked before every use.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -55,6 +56,8 @@ def one_at_a_time(data_dir: Path, name: str, say: Callable[[str], None]) -> Iter
     except Timeout:
         say(f"another process is preparing {name}; waiting for it")
         lock.acquire()
+    except NotImplementedError:
+        raise OSError(errno.ENOLCK, "its file system has no file locks") from None
     try:
         yield
     finally:

@@ -139,8 +139,9 @@ def _decode(listing: Listing, name: str, label: str, side: int | None, say: Say,
     while True:
         pixels = {split: empty_pixels(work, split, (len(paths[split]), size, size, 3)) for split in SPLITS}
         sizes: Counter[tuple[int, int]] = Counter()
-        for split in SPLITS:
-            sizes.update(_fill(pixels[split], paths[split], total, listing.root))
+        unreadable = [path for split in SPLITS for path in _fill(pixels[split], paths[split], sizes)]
+        if unreadable:
+            raise _unreadable(sorted(unreadable), total, listing.root)
         common = side or min(sizes.most_common(1)[0][0])
         if common == size:
             break
@@ -171,28 +172,32 @@ def _first_side(paths: list[Path]) -> int:
     return 1
 
 
-def _fill(pixels: NDArray[np.uint8], paths: list[Path], total: int, root: Path) -> Counter[tuple[int, int]]:
-    """Decodes `paths` into `pixels` (M, S, S, 3); returns how many images had each size (width, height)."""
+def _fill(pixels: NDArray[np.uint8], paths: list[Path], sizes: Counter[tuple[int, int]]) -> list[Path]:
+    """Decodes `paths` into `pixels` (M, S, S, 3), counts the `sizes` (width, height), and returns what cannot be read."""
     pillow = _pillow()
     unreadable: list[Path] = []
-    sizes: Counter[tuple[int, int]] = Counter()
+    side = pixels.shape[1]
 
-    def decode(first: int) -> None:
+    def decode(first: int) -> list[tuple[int, int]]:
+        seen = []
         for index in range(first, min(first + CHUNK, len(paths))):
             try:
                 with pillow.open(paths[index]) as image:
-                    sizes[image.size] += 1
                     rgb = image.convert("RGB")
             except Exception:  # Pillow raises a dozen kinds for a broken file; each means the same here
                 unreadable.append(paths[index])
                 continue
-            side = pixels.shape[1]
+            seen.append(rgb.size)
             pixels[index] = np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), pillow.Resampling.BILINEAR))
+        return seen
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(decode, range(0, len(paths), CHUNK)))
-    if unreadable:
-        names = ", ".join(str(path.relative_to(root)) for path in sorted(unreadable)[:NAMED])
-        more = ", ..." if len(unreadable) > NAMED else ""
-        raise UsageError(f"{len(unreadable):,} of {total:,} images in {root} cannot be read: {names}{more}; replace or delete them")
-    return sizes
+        for seen in pool.map(decode, range(0, len(paths), CHUNK)):
+            sizes.update(seen)
+    return unreadable
+
+
+def _unreadable(paths: list[Path], total: int, root: Path) -> UsageError:
+    names = ", ".join(str(path.relative_to(root)) for path in paths[:NAMED])
+    more = ", ..." if len(paths) > NAMED else ""
+    return UsageError(f"{len(paths):,} of {total:,} images in {root} cannot be read: {names}{more}; replace or delete them")
