@@ -1,9 +1,8 @@
 """The FFCV feed: training images from a .beton, cropped, flipped, jittered and normalised by FFCV's compiled pipeline.
 
-Crop, flip and jitter have torchvision's distributions (RandomCrop(padding=4) with zeros, RandomHorizontalFlip, ColorJitter), with
-one difference: brightness, contrast and saturation always come in this order, torchvision shuffles them per image. Pixels are cut
-to whole numbers between them, where torchvision rounds. The order of images follows from (seed, epoch) and is that of the tensor
-feed; the augmentation is drawn from generators that FFCV's threads seed themselves, and is not reproducible.
+Crop, flip and jitter have torchvision's distributions: RandomCrop(padding=4) with zeros, RandomHorizontalFlip, ColorJitter. The
+order of images follows from (seed, epoch) and is that of the tensor feed; the augmentation is drawn from generators that FFCV's
+threads seed themselves, and is not reproducible.
 FFCV: Leclerc et al. 2023, arXiv:2306.12517, https://github.com/libffcv/ffcv.
 """
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deepscale.data.beton_file import FeedUnavailable, Say, beton_path, import_ffcv, verify_beton, write_beton
+from deepscale.data.beton_jitter import color_jitter
 
 if TYPE_CHECKING:
     from deepscale.config import DataConfig
@@ -129,7 +129,9 @@ class FfcvFeed:
     def _own(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies out of the Loader's buffers, which it writes again two batches later."""
         if self._copies is None:
-            return images.clone(memory_format=torch.channels_last), labels.clone()
+            # numpy copies on this thread alone: torch's own threads, with FFCV's on the same cores, take 10x the time of the whole feed.
+            own = torch.from_numpy(images.permute(0, 2, 3, 1).numpy().copy())  # (B, H, W, C)
+            return own.permute(0, 3, 1, 2), labels.clone()
         # On a stream of its own the copy does not wait for the network's step before it, and neither does this thread.
         with torch.cuda.stream(self._copies):
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
@@ -189,10 +191,7 @@ def _image_pipeline(info: "DatasetInfo", data: "DataConfig") -> list[Any]:
     if data.augment:
         steps += [transforms.RandomTranslate(padding=PADDING, fill=(0, 0, 0)), transforms.RandomHorizontalFlip(0.5)]
     if data.color_jitter > 0:
-        # p=1.0: torchvision's ColorJitter changes every image, by a factor uniform in 1 - jitter .. 1 + jitter
-        steps += [transforms.RandomBrightness(data.color_jitter, p=1.0), transforms.RandomContrast(data.color_jitter, p=1.0)]
-        if info.channels == 3:
-            steps.append(transforms.RandomSaturation(data.color_jitter, p=1.0))
+        steps.append(color_jitter(data.color_jitter))
     mean, std = (np.broadcast_to(np.asarray(value, dtype=np.float64), (3,)) for value in (info.mean, info.std))
     return [*steps, transforms.NormalizeImage(mean, std, np.dtype(np.float32)), transforms.ToTensor(), transforms.ToTorchImage()]
 
