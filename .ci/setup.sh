@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 VENV=.venv
 STAMP=$VENV/deepscale-setup # the key of the last complete setup, then a sentence on FFCV when it is missing
 LOG=$VENV/deepscale-setup.log
+BUSY=$VENV/deepscale-installing # there while pip changes .venv/
 OLDEST=11 NEWEST=12 # Python 3.11 and 3.12
 
 say() { echo "setup: $*"; }
@@ -108,35 +109,39 @@ install_debian_packages() {
 
 # ----------------------------------------------------------------------------------------------------- Python packages
 
-# pip counts a package as installed once its metadata is there, and writes INSTALLER after all files: what an interruption
-# left half unpacked has the one without the other.
-drop_half_installed() {
-    local metadata
-    for metadata in "$VENV"/lib/python3*/site-packages/*.dist-info; do
-        if [[ -d $metadata && ! -e $metadata/INSTALLER ]]; then rm -rf "$metadata"; fi
-    done
-}
+# .venv/ is there, of the right Python, at home in this folder, with a pip that runs.
+usable_venv() {
+    local version
+    version=$("$PYTHON" -c 'import sys; print(sys.version_info[:2])')
+    [[ -x $VENV/bin/python && $("$VENV/bin/python" -c 'import sys; print(sys.version_info[:2], sys.prefix)') == "$version $PWD/$VENV" ]] &&
+        head -n 1 "$VENV/bin/pip" | grep -qF "$PWD/$VENV/" && "$VENV/bin/python" -m pip --version
+} >/dev/null 2>&1
 
 make_venv() {
-    if ! { "$VENV/bin/python" -c "import sys; sys.exit(sys.version_info[:2] != $("$PYTHON" -c 'import sys; print(tuple(sys.version_info[:2]))'))" &&
-        [[ $("$VENV/bin/python" -c 'import sys; print(sys.prefix)') == "$PWD/$VENV" ]] && [[ -x $VENV/bin/pip ]] &&
-        head -n 1 "$VENV/bin/pip" | grep -qF "$PWD/$VENV/" && "$VENV/bin/python" -m pip --version; } >/dev/null 2>&1; then
-        say "making $VENV with $("$PYTHON" --version)"
-        "$PYTHON" -m venv --clear "$VENV"
+    if [[ -e $BUSY ]]; then
+        # Half-unpacked packages look installed to pip, and half of torch stops the build of DeepSpeed.
+        say "the last setup was interrupted while installing; starting again"
+    elif usable_venv; then
+        return
     fi
-    drop_half_installed
+    say "making $VENV with $("$PYTHON" --version)"
+    "$PYTHON" -m venv --clear "$VENV"
 }
 
 pip_install() {
+    local code=0
+    touch "$BUSY"
     env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX PIP_NO_INPUT=1 "$VENV/bin/python" -m pip install --progress-bar off \
-        --disable-pip-version-check "$@" </dev/null >>"$LOG" 2>&1
+        --disable-pip-version-check "$@" </dev/null >>"$LOG" 2>&1 || code=$?
+    rm -f "$BUSY" # also after an error, which pip cleans up after
+    return $code
 }
 
 install_python_packages() {
     say "installing Python packages (some 6 GB, 2 to 5 minutes the first time; messages: $LOG)"
     pip_install -e '.[sweep,dev]' || {
         tail -n 20 "$LOG" >&2
-        fail "installing the Python packages failed, see above; with the network back, type make setup again"
+        fail "installing the Python packages failed, see above; then type make setup again"
     }
 }
 
