@@ -150,6 +150,16 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path) -> None:
     assert not [path for path in (root / ".deepscale").iterdir() if path.is_dir()]
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_images(tmp_path)
+
+    def denied(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert f"{root / 'train'} cannot be read (Permission denied)" in refused(root)
+
+
 def test_a_file_in_the_way_of_the_data_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for dataset in ("auto", "cifar10", "folder", "fashionmnist"):

@@ -84,7 +84,7 @@ def _grey(images: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, H, W, 1); one channel stays as it is."""
     if images.shape[3] != 3:
         return images
-    red, green, blue = images.split(1, dim=3)
+    red, green, blue = images[..., 0:1], images[..., 1:2], images[..., 2:3]
     return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 

@@ -20,7 +20,7 @@ from deepscale.data.folder import class_folders, list_images, load_folder
 from deepscale.data.official import OFFICIAL, NotThereError, load_official
 from deepscale.data.splits import DatasetInfo, Source, Split
 from deepscale.data.synthetic import synthetic
-from deepscale.errors import MissingPackageError
+from deepscale.errors import MissingPackageError, UsageError
 
 __all__ = ["DatasetInfo", "Source", "Split", "load_source"]
 
@@ -37,6 +37,15 @@ def load_source(data: DataConfig, say: Callable[[str], None] = print) -> Source:
     if data.dataset == "synthetic":
         return synthetic()
     folder = checked_folder(data.data_dir)
+    try:
+        return _from_files(data, folder, say)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be read ({error.strerror or error}); check it, or give another --data-dir FOLDER"
+        ) from None
+
+
+def _from_files(data: DataConfig, folder: Path, say: Callable[[str], None]) -> Source:
     if data.dataset == "folder":
         return load_folder(folder, folder, say)
     if data.dataset in OFFICIAL and data.dataset != "cifar10":
