@@ -40,10 +40,15 @@ class Feeds:
 
     info: DatasetInfo
     train: Feed
-    validation: Feed
-    test: Feed
+    validation: EvalFeed
+    test: EvalFeed
     name: str
     why: str
+
+    def limit_evaluation(self, images: int) -> None:
+        """Validation and test read the first `images` of their class-balanced order."""
+        self.validation.limit(images)
+        self.test.limit(images)
 
 
 def _over_ranks(value: int, device: torch.device) -> list[int]:

@@ -96,12 +96,20 @@ class EvalFeed:
     def __init__(
         self, split: Split, info: DatasetInfo, *, batch: int, rank: int = 0, world_size: int = 1, device: torch.device, limit: int | None = None
     ) -> None:
-        self.images = len(split.labels) if limit is None else min(limit, len(split.labels))
-        self.first, self.last = (self.images * part // world_size for part in (rank, rank + 1))
-        self.batch = batch
-        self.steps = -((self.first - self.last) // batch)
+        self.batch, self.rank, self.world_size = batch, rank, world_size
         self.split, self.device = split, device
+        self.limit(len(split.labels) if limit is None else limit)
         self.normalise = Normalise(info.mean, info.std, info.image_size, device)
+
+    def limit(self, images: int) -> None:
+        """Keeps the first `images` of the split, over all ranks."""
+        self.images = min(images, len(self.split.labels))
+        self.first, self.last = (self.images * part // self.world_size for part in (self.rank, self.rank + 1))
+        self.steps = -((self.first - self.last) // self.batch)
+
+    def blank(self) -> Tensor:
+        """One normalised image (1, C, H, W), for a rank that has none left."""
+        return self.normalise(to_device(self.split.images[:1], self.device))
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (B, C, H, W), normalised, channels_last, and labels int64 (B,), from batch `start` on."""

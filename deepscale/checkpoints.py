@@ -1,0 +1,116 @@
+"""Trained weights as one safetensors file, stacked or by plain names, with the settings they belong to.
+
+A file is written under a temporary name and renamed, so a reader never sees half of one.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepscale import config
+from deepscale.config import Config
+from deepscale.data.splits import DatasetInfo
+from deepscale.engine import Engine
+from deepscale.errors import MissingPackageError, UsageError
+from deepscale.models.components import average_running_statistics
+from deepscale.models.convnext import ConvNeXt
+from deepscale.models.naming import load_plain, to_plain
+
+WEIGHTS = "model.safetensors"
+
+
+def check_writable(folder: str | None) -> None:
+    """Raises UsageError where a checkpoint could not be written later."""
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"the checkpoint folder {folder} cannot be written ({error.strerror}); type another --checkpoint-dir") from None
+
+
+def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
+    """The model's whole state on the CPU, whatever ZeRO stage holds it. Every rank must ask."""
+    average_running_statistics(model)
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if hasattr(value, "ds_id"):  # a parameter that ZeRO-3 has cut into pieces
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(value):
+                state[name] = value.detach().cpu().clone()
+        else:
+            state[name] = value.detach().cpu()
+    return state
+
+
+def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
+    """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
+    network = {"model": dataclasses.asdict(settings.model), "stack_size": settings.engine.stack_size, "classes": info.classes, "channels": info.channels}
+    path = folder / WEIGHTS
+    write(path, state, {"deepscale": json.dumps(network), "layout": "stacked"})
+    return path
+
+
+def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, complete or not at all. Raises UsageError where it cannot be written."""
+    save_file = _safetensors("save_file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror or error}); type another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that `save` or `deepscale export` wrote. Raises UsageError."""
+    safe_open = _safetensors("safe_open")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+    except (OSError, Exception) as error:
+        raise UsageError(f"{path} is no readable safetensors file ({error}); give one that --checkpoint-dir or deepscale export wrote") from None
+    if "deepscale" not in metadata:
+        raise UsageError(f"{path} was not written by deepscale: it does not say which network it belongs to")
+    return state, metadata
+
+
+def network_of(metadata: dict[str, str]) -> ConvNeXt:
+    """The network a file belongs to, without values yet."""
+    described = json.loads(metadata["deepscale"])
+    fields = described["model"] | {"blocks": tuple(described["model"]["blocks"])}
+    return ConvNeXt(config.ModelConfig(**fields), classes=described["classes"], channels=described["channels"], stack_size=described["stack_size"])
+
+
+def convert(source: Path, target: Path, stacked: bool) -> int:
+    """Writes `source` with the plain network's names, or, with `stacked`, with ours; returns the number of tensors."""
+    state, metadata = read(source)
+    model = network_of(metadata)
+    if metadata["layout"] == "stacked":
+        model.load_state_dict(state)
+    else:
+        load_plain(model, state)
+    out = dict(model.state_dict()) if stacked else to_plain(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write(target, {name: value.clone() for name, value in out.items()}, metadata | {"layout": "stacked" if stacked else "plain"})
+    return len(out)
+
+
+def _safetensors(name: str) -> "torch.Any":  # type: ignore[name-defined]
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise MissingPackageError("safetensors", None, "saving weights") from None
+    return getattr(safetensors.torch, name, None) or getattr(safetensors, name)

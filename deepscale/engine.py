@@ -1,0 +1,154 @@
+"""One small interface over DeepSpeed and plain torch: forward, backward, step.
+
+Both accumulate micro batches, clip and step the same optimiser, and both give the gradient of any parameter after the last
+backward of a step: averaged over ranks, over the whole accumulated batch, before clipping.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepscale import engine_config
+from deepscale.config import Config
+from deepscale.optim import build_optimizer
+from deepscale.world import World
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(Protocol):
+    """What the loop needs."""
+
+    name: str
+    module: nn.Module
+    optimizer: Optimizer
+    settings: dict[str, Any]
+
+    def forward(self, images: Tensor, last: bool = True) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, classes), in the run's precision; `last` as in backward."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Gradients of one micro batch's mean loss; `last` ends the step's accumulation and averages over ranks."""
+        ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The step's gradient, before clipping, unscaled; between the last backward and step. Every rank must ask."""
+        ...
+
+    def step(self) -> None:
+        """Clips, steps, forgets the gradients."""
+        ...
+
+
+class TorchEngine:
+    """Plain torch: the reference of the DeepSpeed engine, and the engine where DeepSpeed is absent."""
+
+    name = "torch"
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        self.module, self.world = module, world
+        self.settings: dict[str, Any] = {}
+        self.optimizer = build_optimizer(module, config.recipe)
+        self.parameters = list(module.parameters())
+        self.clip, self.accumulation = config.recipe.clip, config.recipe.accumulation
+        self.dtype = DTYPES.get(config.engine.precision)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.engine.precision == "fp16")
+        self.parallel = module
+        if world.size > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+    def forward(self, images: Tensor, last: bool = True) -> Tensor:
+        if isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            self.parallel.require_backward_grad_sync = last
+        with torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            logits: Tensor = self.parallel(images)
+        return logits
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.scaler.scale(loss / self.accumulation).backward()
+        if last:
+            self.scaler.unscale_(self.optimizer)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad
+
+    def step(self) -> None:
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's engine with a resolved configuration (engine_config.py)."""
+
+    name = "deepspeed"
+
+    def __init__(self, module: nn.Module, config: Config, world: World, cpu_adam: bool = False) -> None:
+        import deepspeed
+
+        self.settings = engine_config.resolve(config, world.size, cpu_adam)
+        offloaded = "offload_optimizer" in self.settings["zero_optimization"]
+        self.optimizer = build_optimizer(module, config.recipe, cpu_adam and offloaded)
+        with quiet(config.engine.verbose):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.settings)
+        self.module = module
+        scaler = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
+        self.scaler = scaler or self.engine.torch_autocast_z0_gradscaler
+
+    def forward(self, images: Tensor, last: bool = True) -> Tensor:
+        logits: Tensor = self.engine(images)
+        return logits
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the micro batch; DeepSpeed steps at the boundary only
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient: Tensor | None = safe_get_full_grad(parameter)
+        if gradient is not None and self.scaler is not None:
+            gradient = gradient / self.scaler.get_scale()
+        return gradient
+
+    def step(self) -> None:
+        self.engine.step()
+
+
+def build_engine(module: nn.Module, config: Config, world: World, cpu_adam: bool = False) -> Engine:
+    """The engine that the planned configuration names."""
+    if config.engine.engine == "torch":
+        return TorchEngine(module, config, world)
+    return DeepSpeedEngine(module, config, world, cpu_adam)
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keeps DeepSpeed's start from talking: its log lines below errors and what it prints to standard output."""
+    if verbose:
+        yield
+        return
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def hush(verbose: bool) -> None:
+    """Sets the log levels of the libraries underneath; called before they are imported."""
+    if not verbose:
+        for name in ("DeepSpeed", "deepspeed", "torch.distributed", "numba"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\b.*")

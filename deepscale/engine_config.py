@@ -1,0 +1,152 @@
+"""DeepSpeed's configuration of a run: a file of ds_configs/ (or the user's) with its "auto" values filled from the command.
+
+The command owns batch, clipping, accumulation and precision; the file owns what is DeepSpeed's. A file that says something
+else than the command is refused by name. Two rules with a reason:
+- `gradient_clipping` is always written: DeepSpeed clips at 1.0 where the key is absent.
+- Low precision is torch_autocast's, never the `bf16` or `fp16` section: those put the residual stream in low precision, and
+  3,333 additions of 1/3,333 to 1.0 leave 1.0 there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepscale.config import AUTO, Config
+from deepscale.errors import UsageError
+from deepscale.paths import ds_config_path
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+SECTIONS = ("zero_optimization", "torch_autocast", "bf16", "fp16", "activation_checkpointing", "comms_logger", "flops_profiler", "aio", "checkpoint")
+SCALARS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "communication_data_type",
+    "sparse_gradients",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "seed",
+)
+Settings = dict[str, Any]
+
+
+def read(path: Path) -> Settings:
+    """The file's settings, its keys checked. Raises UsageError."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the DeepSpeed file {path} cannot be read ({error}); check --deepspeed_config") from None
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"the DeepSpeed file {path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"the DeepSpeed file {path} is not a JSON object {{...}}")
+    for key in settings:
+        if key in ("optimizer", "scheduler"):
+            raise UsageError(f"{path}: {key!r} comes from the command (--lr, --weight-decay, --schedule); remove it from the file")
+        if key not in SECTIONS + SCALARS:
+            raise UsageError(f"{path}: the key {key!r} is not known; possible: {', '.join(SECTIONS + SCALARS)}")
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise UsageError(f"{path}: ZeRO stage {stage!r} does not exist; possible: 0, 1, 2, 3")
+    return settings
+
+
+def offload_of(settings: Settings, path: Path) -> str:
+    """ "auto", "none" or "cpu": where a file's optimiser (and ZeRO-3 parameters) rest. NVMe is refused."""
+    zero = settings.get("zero_optimization", {})
+    devices = {str(zero[key].get("device", "none")) for key in ("offload_optimizer", "offload_param") if zero.get(key)}
+    if "nvme" in devices:
+        refuse_nvme(f"{path} offloads to NVMe")
+    return "cpu" if "cpu" in devices else ("auto" if "auto" in devices else "none")
+
+
+def refuse_nvme(given: str) -> None:
+    """NVMe offload needs libaio, and even with it DeepSpeed 0.19.8 computes wrong gradients without an error."""
+    raise UsageError(
+        f"{given}, which needs libaio (Debian: libaio-dev) and with it trains wrong: DeepSpeed 0.19.8 gives tensors over 1 MB wrong "
+        f"gradients without an error; type --offload cpu"
+    )
+
+
+def stage_and_offload(config: Config) -> tuple[int | str, str]:
+    """What command and file together say about ZeRO: (stage or "auto", offload or "auto"). Raises UsageError where they differ."""
+    stage, offload = config.engine.zero, config.engine.offload
+    if offload == "nvme":
+        refuse_nvme("--offload nvme was given")
+    if config.engine.deepspeed_config is not None:
+        path = Path(config.engine.deepspeed_config)
+        settings = read(path)
+        own_stage, own_offload = settings.get("zero_optimization", {}).get("stage", 0), offload_of(settings, path)
+        if stage not in (AUTO, own_stage):
+            raise UsageError(f"{path} has ZeRO stage {own_stage}, the command says --zero {stage}; leave --zero out or change the file")
+        if own_offload != AUTO and offload not in (AUTO, own_offload):
+            raise UsageError(f"{path} offloads to {own_offload}, the command says --offload {offload}; leave --offload out or change the file")
+        stage, offload = own_stage, (own_offload if own_offload != AUTO else offload)
+    if stage == 0 and offload == "cpu":
+        raise UsageError("--offload cpu needs ZeRO stage 1, 2 or 3, and stage 0 was given; type --zero 2")
+    return stage, offload
+
+
+def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
+    """The complete configuration of a planned run (no `auto` left in `config`).
+
+    `cpu_adam` says whether DeepSpeed's own CPU optimiser is there; without it torch's AdamW steps the offloaded part.
+    Raises UsageError where the file contradicts the command.
+    """
+    engine, recipe = config.engine, config.recipe
+    path = Path(engine.deepspeed_config) if engine.deepspeed_config else ds_config_path(f"zero{engine.zero}")
+    settings = read(path)
+    assert isinstance(config.data.batch_size, int)
+    owned: Settings = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // recipe.accumulation // world_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "gradient_clipping": recipe.clip,
+    }
+    options = {"train_batch_size": "--batch-size", "gradient_accumulation_steps": "--accumulation", "gradient_clipping": "--clip"}
+    for key, value in owned.items():
+        _own(settings, key, value, options.get(key, "--batch-size"), path)
+    for section in ("bf16", "fp16"):
+        enabled = settings.get(section, {}).get("enabled", False)
+        if enabled is True or (enabled == AUTO and engine.precision == section):
+            if enabled is True and engine.precision != section:
+                raise UsageError(f"{path} enables {section}, the command says --precision {engine.precision}; write \"enabled\": \"auto\" there")
+            if enabled is True:
+                raise UsageError(
+                    f'{path} enables the section {section!r}, which puts the residual stream in low precision; write "enabled": "auto" '
+                    f"there: --precision {section} then uses torch_autocast"
+                )
+        settings.pop(section, None)
+    autocast = settings.setdefault("torch_autocast", {})
+    _own(autocast, "enabled", engine.precision in DTYPES, "--precision", path)
+    _own(autocast, "dtype", DTYPES.get(engine.precision, "bfloat16"), "--precision", path)
+    autocast.setdefault("lower_precision_safe_modules", [])  # gradients are reduced in float32
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == AUTO:
+            zero[key]["device"] = engine.offload
+        if zero.get(key, {}).get("device") == "none":
+            del zero[key]
+    if "offload_optimizer" in zero and not cpu_adam:
+        settings["zero_force_ds_cpu_optimizer"] = False
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("steps_per_print", 10**9)
+    return settings
+
+
+def _own(section: Settings, key: str, value: Any, option: str, path: Path) -> None:
+    """Writes the command's value where the file says "auto" or nothing; refuses another."""
+    given = section.get(key, AUTO)
+    if given != AUTO and given != value:
+        raise UsageError(f'{path} says {key} {given}, the command {value}; write "auto" in the file or change {option}')
+    section[key] = value

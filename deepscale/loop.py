@@ -1,0 +1,253 @@
+"""The training loop: one step, evaluation, and the run of steps between them.
+
+The length of a run with a time budget is fixed after `CALIBRATION_STEPS` training steps at the schedule's first learning
+rate; from then on the schedule ends exactly at the last step.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepscale.config import AUTO, Config
+from deepscale.data import EvalFeed, Feed, Feeds
+from deepscale.engine import Engine
+from deepscale.errors import NonFiniteError
+from deepscale.models.components import average_running_statistics, commit_running_statistics
+from deepscale.models.convnext import ConvNeXt, cross_entropy
+from deepscale.optim import build_schedule, start
+from deepscale.progress import Progress
+from deepscale.tracking import Tracker
+from deepscale.world import World
+
+CALIBRATION_STEPS = 3
+EVALUATION_SHARE = 0.25  # of a time budget, at most
+MARGIN = 0.97  # of the time left is planned with
+GRADIENT_EVERY = 10  # steps between records of the first layer's gradient, as in the original study
+FEWEST_EVALUATED = 500
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Result:
+    """What a run came to. Accuracies are shares of 1, times seconds."""
+
+    steps: int = 0
+    planned_steps: int = 0
+    first_loss: float = math.nan
+    loss: float = math.nan
+    step_s: float = math.nan
+    images_per_s: float = math.nan
+    validation: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """What one training run works with."""
+
+    config: Config
+    world: World
+    model: ConvNeXt
+    engine: Engine
+    feeds: Feeds
+    tracker: Tracker
+    progress: Progress
+
+
+def train_step(engine: Engine, batches: Batches, accumulation: int, world: World, inspect: Callable[[Tensor], None]) -> None:
+    """One optimiser step over `accumulation` micro batches.
+
+    `inspect` is called when the gradients are complete, not yet clipped and not yet used, with the step's sums over all
+    ranks: (loss times images, correct, images), float64 (3,). What it raises keeps the step from the weights.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for micro in range(accumulation):
+        images, labels = next(batches)
+        last = micro + 1 == accumulation
+        logits = engine.forward(images, last)
+        loss = cross_entropy(logits, labels)
+        engine.backward(loss, last)
+        totals += sums(logits, loss, labels)
+    inspect(world.sum(totals))
+    engine.step()
+    commit_running_statistics(engine.module)
+
+
+@torch.no_grad()
+def sums(logits: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
+    """(loss times images, correct, images) of a batch, float64 (3,)."""
+    images = torch.full((), len(labels), dtype=torch.float64, device=loss.device)
+    return torch.stack([loss.double() * images, (logits.argmax(1) == labels).sum().double(), images])
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, feed: EvalFeed, world: World, batches: int | None = None) -> dict[str, float]:
+    """Loss and accuracy over a split, every image once over all ranks; of the first `batches` of each rank if given.
+
+    All ranks run equally many forward passes, which ZeRO-3 needs to gather parameters: a rank that has run out of images
+    passes a blank one that does not count.
+    """
+    average_running_statistics(engine.module)
+    engine.module.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    most = -(-(-(-feed.images // world.size)) // feed.batch)
+    own = feed.epoch()
+    for _ in range(most if batches is None else min(batches, most)):
+        images, labels = next(own, (feed.blank(), None))
+        logits = engine.forward(images)
+        if labels is not None:
+            totals += sums(logits, cross_entropy(logits, labels), labels)
+    engine.module.train()
+    loss, correct, seen = world.sum(totals).tolist()
+    return {"loss": loss / max(1.0, seen), "accuracy": correct / max(1.0, seen), "images": seen}
+
+
+def endless(feed: Feed) -> Batches:
+    """Training batches, epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from feed.epoch(epoch)
+        epoch += 1
+
+
+def first_nonfinite(model: ConvNeXt, engine: Engine) -> str | None:
+    """The first layer, in path order, whose gradient holds a NaN or an infinity."""
+    gradients = {name: engine.gradient(p) for name, p in model.named_parameters()}
+    for plain, where in model.plain_names():
+        gradient = gradients[where.name]
+        if gradient is not None and not bool(torch.isfinite(gradient if where.index is None else gradient[where.index]).all()):
+            return plain.rpartition(".")[0]
+    return None
+
+
+class Fit:
+    """The steps of a run, from the first to the last."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.result = Result()
+        self.epoch_steps = max(1, run.feeds.train.steps // run.config.recipe.accumulation)
+        self.step = 0
+        self.begin = time.monotonic()
+        self.step_times: list[float] = []
+
+    def __call__(self) -> Result:
+        """Trains to the end, evaluates, and returns what came out."""
+        run, recipe = self.run, self.run.config.recipe
+        batches = endless(run.feeds.train)
+        steps, every, schedule = self._length(), self._evaluate_every(), None
+        try:
+            if steps is None:
+                start(run.engine.optimizer, recipe)
+                for _ in range(CALIBRATION_STEPS):
+                    self._one(batches)
+                steps = self._calibrated()
+            run.progress.total_steps = self.result.planned_steps = steps
+            schedule = build_schedule(run.engine.optimizer, recipe, steps)
+            for _ in range(self.step):
+                schedule.step()
+            while self.step < steps:
+                self._one(batches)
+                if self.step < steps:
+                    schedule.step()
+                if every and self.step % every == 0 and self.step < steps:
+                    self._validate()
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        self._validate()
+        self.result.test = evaluate(run.engine, run.feeds.test, run.world)
+        run.tracker.log({f"test/{name}": value for name, value in self.result.test.items()}, self.step)
+        self.result.seconds = time.monotonic() - self.begin
+        return self.result
+
+    def _length(self) -> int | None:
+        """Steps of the run, or None where a time budget decides."""
+        recipe = self.run.config.recipe
+        if recipe.max_steps is not None:
+            return recipe.max_steps
+        return None if recipe.time_budget is not None else recipe.epochs * self.epoch_steps
+
+    def _evaluate_every(self) -> int:
+        """Steps between validations; 0 for the end only."""
+        every = self.run.config.recipe.eval_every
+        return every if every != AUTO else self.epoch_steps
+
+    def _calibrated(self) -> int:
+        """Steps that fit into the time budget beside the evaluation, agreed over ranks."""
+        run = self.run
+        budget = run.config.recipe.time_budget
+        assert budget is not None
+        begin = time.monotonic()
+        one = evaluate(run.engine, run.feeds.validation, run.world, batches=1)
+        image_s = (time.monotonic() - begin) / max(1.0, one["images"])
+        wanted = run.feeds.validation.images + run.feeds.test.images
+        if run.config.data.eval_images == AUTO and wanted * image_s > EVALUATION_SHARE * budget:
+            most = max(FEWEST_EVALUATED, int(EVALUATION_SHARE * budget / image_s / 2))
+            most = run.world.agree(most)
+            run.feeds.limit_evaluation(most)
+            wanted = run.feeds.validation.images + run.feeds.test.images
+            run.progress.warn(
+                f"validation and test read the first {most:,} images each of their class-balanced order: all of them would take more than "
+                f"{EVALUATION_SHARE:.0%} of the time budget (--eval-images to choose)"
+            )
+        step_s = min(self.step_times[1:])
+        left = budget - (time.monotonic() - self.begin) - wanted * image_s
+        longest = run.config.recipe.epochs * self.epoch_steps
+        steps = self.step + max(1, min(longest, int(MARGIN * left / step_s)))
+        steps = run.world.agree(steps)
+        run.tracker.parameters({"resolved_steps": steps, "resolved_eval_images": wanted})
+        run.progress.say(f"{steps:,} steps of {step_s:.2g} s fit into the time budget of {budget:.0f} s")
+        return steps
+
+    def _one(self, batches: Batches) -> None:
+        """One step and what is recorded of it."""
+        run, result = self.run, self.result
+        begin = time.monotonic()
+        lr = run.engine.optimizer.param_groups[0]["lr"]
+        metrics: dict[str, float] = {}
+        train_step(run.engine, batches, run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics))
+        took = time.monotonic() - begin
+        self.step += 1
+        self.step_times.append(took)
+        images = int(run.config.data.batch_size)
+        result.steps, result.loss = self.step, metrics["train/loss"]
+        result.first_loss = result.loss if self.step == 1 else result.first_loss
+        steady = self.step_times[1:] or self.step_times
+        result.step_s = sum(steady) / len(steady)
+        result.images_per_s = images / result.step_s
+        metrics |= {"train/lr": lr, "perf/step_s": took, "perf/images_per_s": images / took}
+        run.tracker.log(metrics, self.step)
+        left = (result.planned_steps - self.step) * result.step_s if result.planned_steps else None
+        run.progress.update(self.step, loss=result.loss, accuracy=metrics["train/accuracy"], images_per_s=images / took, remaining_s=left)
+
+    def _inspect(self, totals: Tensor, metrics: dict[str, float]) -> None:
+        """Between backward and step: a loss that is not finite stops the run; the first layer's gradient is recorded."""
+        loss, correct, images = totals.tolist()
+        metrics |= {"train/loss": loss / images, "train/accuracy": correct / images}
+        if not math.isfinite(loss):
+            raise stopped_at_nonfinite(self.run, self.step + 1, loss)
+        if self.step % GRADIENT_EVERY == 0:
+            conv = self.run.model.stem.conv
+            for name, parameter in (("", conv.weight), ("_bias", conv.bias)):
+                gradient = self.run.engine.gradient(parameter) if parameter is not None else None
+                if gradient is not None:
+                    metrics[f"grad/first_layer_mean_abs{name}"] = gradient.abs().mean().item()
+
+    def _validate(self) -> None:
+        run = self.run
+        self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world)
+        run.tracker.log({f"val/{name}": value for name, value in found.items()}, self.step)
+        run.progress.say(f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images")
+
+
+def stopped_at_nonfinite(run: Run, step: int, loss: float) -> NonFiniteError:
+    """The error for a loss that turned non-finite, naming the step and the layer."""
+    layer = first_nonfinite(run.model, run.engine)
+    where = f"the first layer whose gradient is not finite is {layer}" if layer else "all gradients are still finite"
+    return NonFiniteError(f"the loss became {loss} at step {step}; {where}. Type a lower --lr, or --layerscale-init 0, or --precision fp32")

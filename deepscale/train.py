@@ -1,0 +1,167 @@
+"""`deepspeed deepscale/train.py --depth N`: one training run, from the command line to the summary."""
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from deepscale import checkpoints, config, errors, loop, memory, ops, plan, progress, tracking, world
+from deepscale.config import Config
+from deepscale.data import open_feeds
+from deepscale.data.sources import load_source
+from deepscale.data.splits import DatasetInfo
+from deepscale.engine import build_engine, hush
+from deepscale.models.convnext import ConvNeXt
+
+EVALUATION_BATCH = 256  # images per rank; without gradients a batch keeps nothing
+
+
+@errors.command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains as the command line says."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    settings = config.parse(arguments)
+    hush(settings.engine.verbose)
+    checkpoints.check_writable(settings.tracking.checkpoint_dir)
+    if settings.tracking.tracking:
+        tracking.preload()
+    place = world.join(settings.engine)
+    try:
+        train(settings, place)
+    finally:
+        world.leave()
+
+
+def train(asked: Config, place: world.World) -> loop.Result:
+    """One run: data, plan, model, engine, steps, summary. Raises what stops it, after closing the tracker."""
+    with ExitStack() as stack:
+        screen = stack.enter_context(progress.Progress(0, enabled=place.is_main))
+        source = load_source(asked.data, screen.say)
+        info = source.info
+        cpu_adam = _prepare_ops(asked, screen)
+        machine = plan.measure_machine(place)
+        planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
+        settings = planned.config
+        screen.say(f"asked for {asked.model.depth:,} layers of {info.label}, seed {settings.recipe.seed}")
+        for note in planned.notes:
+            screen.say(note)
+        feeds = open_feeds(
+            source,
+            settings.data,
+            micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
+            eval_batch=EVALUATION_BATCH,
+            seed=settings.recipe.seed,
+            rank=place.rank,
+            world_size=place.size,
+            device=place.device,
+            workers=int(settings.data.workers),
+            say=screen.say,
+        )
+        screen.say(f"images fed by {feeds.name}" + (f" ({feeds.why})" if feeds.why else ""))
+        base = memory.reset_peak(place.device)
+        model = build_model(settings, info, place)
+        engine = build_engine(model, settings, place, cpu_adam)
+        tracker = tracking.open_tracker(
+            settings.tracking,
+            run_name=settings.tracking.run_name or run_name(asked, settings),
+            parameters=described(asked, settings, planned, feeds.name, place),
+            tags={"dataset": info.name, "feed": feeds.name, "engine": engine.name},
+            dataset=info,
+            rank=place.rank,
+            warn=screen.warn,
+        )
+        tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
+        status = "FAILED"
+        try:
+            result = loop.Fit(loop.Run(settings, place, model, engine, feeds, tracker, screen))()
+            state = checkpoints.gathered_state(model, engine)
+            if place.is_main and settings.tracking.checkpoint_dir:
+                checkpoints.save(Path(settings.tracking.checkpoint_dir), state, settings, info)
+            screen.close()
+            rows = summary(settings, planned, info, result, memory.peak_bytes(place.device), base)
+            tracker.log({"perf/peak_memory_bytes": memory.peak_bytes(place.device), "perf/seconds": result.seconds}, result.steps)
+            tracker.text("summary.json", json.dumps(rows, indent=2))
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
+        if place.is_main:
+            progress.show_summary(rows | ({"show": tracker.view_command()} if tracker.view_command() else {}), "summary")
+        return result
+
+
+def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
+    """The planned network with its initial values, on the run's device."""
+    segment = plan.segment_of(settings)
+    model = ConvNeXt(
+        settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size), segment=segment
+    )
+    return model.initialise(settings.recipe.seed).to(place.device)
+
+
+def _prepare_ops(asked: Config, screen: progress.Progress) -> bool:
+    """Builds DeepSpeed's CPU optimiser where offload may need it; whether it is there."""
+    if asked.engine.engine != "deepspeed":
+        return False
+    ops.skip_shm_comm()
+    if asked.engine.offload != "cpu" and asked.engine.deepspeed_config is None and not torch.cuda.is_available():
+        return False
+    reason = ops.ensure_ops(["cpu_adam"], screen.say, asked.engine.verbose)["cpu_adam"]
+    if reason is not None:
+        screen.warn(f"{reason}; an offloaded optimiser is stepped by torch's AdamW instead")
+    return reason is None
+
+
+def described(asked: Config, settings: Config, planned: plan.Plan, feed: str, place: world.World) -> dict[str, Any]:
+    """All settings with every `auto` resolved, and what was asked where it differs."""
+    values = config.flat(settings)
+    before = config.flat(asked)
+    values |= {f"asked_{name}": before[name] for name in values if before[name] != values[name] and before[name] != config.AUTO}
+    values["resolved_auto"] = ",".join(name for name in values if before.get(name) == config.AUTO)
+    return values | {
+        "built_depth": settings.model.built_depth,
+        "parameters": planned.memory.parameters,
+        "segment": plan.segment_of(settings),
+        "resolved_feed": feed,
+        "ranks": place.size,
+        "torch": torch.__version__,
+    }
+
+
+def run_name(asked: Config, settings: Config) -> str:
+    """A name from the depth and what was chosen by hand."""
+    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "checkpoint_dir", "verbose"}
+    parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
+    return " ".join([f"convnext-{settings.model.built_depth}", *parts])
+
+
+def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loop.Result, peak: int, base: int) -> dict[str, str]:
+    """The rows of the final table."""
+    grown = max(0, peak - base)
+    return {
+        "depth": f"{settings.model.built_depth:,} layers ({'+'.join(str(b) for b in settings.model.stage_blocks)} blocks)",
+        "parameters": f"{planned.memory.parameters:,}",
+        "data": f"{info.label}, {info.train_images:,} / {info.validation_images:,} / {info.test_images:,} images",
+        "steps": f"{result.steps:,} in {progress.seconds(result.seconds)}, {result.step_s:.3g} s each",
+        "throughput": f"{progress.rate(result.images_per_s)} images/s",
+        "loss": f"{result.first_loss:.4f} -> {result.loss:.4f}",
+        "validation": f"{result.validation['accuracy']:.2%} of {result.validation['images']:,.0f} images, loss {result.validation['loss']:.4f}",
+        "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
+        "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start; planned {progress.gib(planned.memory.total)}",
+    }
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

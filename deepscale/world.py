@@ -1,0 +1,105 @@
+"""Ranks and devices of a run: what the launcher said, and the process group made from it."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepscale.config import EngineConfig
+from deepscale.errors import MissingPackageError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size` in all, `local_rank` of `local_size` on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that talks, writes and tracks."""
+        return self.rank == 0
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Summed over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def choose_device(engine: EngineConfig) -> str:
+    """ "cuda" or "cpu"; raises UsageError for a GPU that is not there."""
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was given, but torch finds no GPU here; type --device cpu, or leave it out")
+    if engine.device == "auto":
+        return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+    return engine.device
+
+
+def join(engine: EngineConfig) -> World:
+    """Joins the process group that the launcher describes, with DeepSpeed's or torch's own initialisation.
+
+    Without a launcher (no RANK in the environment) the world is this process.
+    """
+    kind = choose_device(engine)
+    environment = os.environ
+    rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    local_rank = int(environment.get("LOCAL_RANK", max(0, engine.local_rank)))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    threads = engine.threads if isinstance(engine.threads, int) else _share_of_cores(local_size)
+    torch.set_num_threads(threads)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    if engine.engine == "deepspeed":
+        environment.setdefault("DS_ACCELERATOR", kind)
+        for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}.items():
+            environment.setdefault(name, str(value))
+        if "MASTER_PORT" not in environment:
+            environment["MASTER_PORT"] = str(free_port())
+        try:
+            import deepspeed
+        except ImportError:
+            raise MissingPackageError("deepspeed", None, "--engine deepspeed (or type --engine torch)") from None
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
+    elif size > 1 and not dist.is_initialized():
+        dist.init_process_group(backend)
+    return World(rank, size, local_rank, local_size, device)
+
+
+def leave() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _share_of_cores(local_size: int) -> int:
+    if "OMP_NUM_THREADS" in os.environ and local_size > 1:
+        return max(1, torch.get_num_threads())
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
