@@ -170,6 +170,7 @@ key() {
 }
 
 main() {
+    trap 'exit 130' INT TERM HUP # before anything after pip runs: what pip left must stay marked
     exec 9<. # one setup at a time: the lock is on the folder itself
     flock -n 9 || {
         say "another setup is at work here; waiting for it"
