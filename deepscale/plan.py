@@ -16,7 +16,7 @@ from deepscale.config import AUTO, Config, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
-from deepscale.models.convnext import block_spec, count_parameters, default_segment, default_stack_size
+from deepscale.models.convnext import block_spec, count_parameters, default_stack_size, smallest_segment
 from deepscale.models.stack import BlockStack
 from deepscale.world import World
 
@@ -120,7 +120,7 @@ def memory_of(config: Config, ranks: int, channels: int, image_size: int, classe
 
 def segment_of(config: Config) -> int:
     """Blocks recomputed together; 0 where activations are kept."""
-    return default_segment(config.model.stage_blocks) if config.engine.recompute is True else 0
+    return int(config.engine.segment) if config.engine.recompute is True else 0
 
 
 def stage_shapes(model: ModelConfig, micro_batch: int, image_size: int) -> Iterator[tuple[int, int, int]]:
@@ -146,7 +146,7 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
     total = 0.0
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision)
     for blocks, _, width in stage_shapes(config.model, micro, image_size):
-        stack = BlockStack(block_spec(config.model, width), 0, 1, 1 if config.engine.recompute is True else 0).to(world.device)
+        stack = BlockStack(block_spec(config.model, width), 0, 1, min(1, segment_of(config))).to(world.device)
         for parameter in stack.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(micro, width, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -252,11 +252,13 @@ def _memory_choices(config: Config, machine: Machine, **shape: int) -> Config:
     stages = [config.engine.zero] if config.engine.zero != AUTO else ([0, 2, 3] if machine.ranks == 1 else [1, 2, 3])
     offloads = [config.engine.offload] if config.engine.offload != AUTO else (["none", "cpu"] if machine.device == "cuda" else ["none"])
     recomputes = [config.engine.recompute] if config.engine.recompute != AUTO else [False, True]
+    segments = [config.engine.segment] if config.engine.segment != AUTO else sorted({FAST_SEGMENT, smallest_segment(config.model.stage_blocks)})
     options = [
-        config.replace(zero=stage, offload=offload, recompute=recompute)
+        config.replace(zero=stage, offload=offload, recompute=recompute, segment=segment)
         for offload in offloads
         for stage in stages
         for recompute in recomputes
+        for segment in (segments if recompute else segments[-1:])
         if not (stage == 0 and offload == "cpu") and not (machine.ranks == 1 and config.engine.zero == AUTO and (stage != 0) != (offload == "cpu"))
     ]
     return next((option for option in options if _fits(option, machine, **shape)), options[-1])

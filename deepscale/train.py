@@ -129,7 +129,6 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feed: str, pl
     return values | {
         "built_depth": settings.model.built_depth,
         "parameters": planned.memory.parameters,
-        "segment": plan.segment_of(settings),
         "resolved_feed": feed,
         "ranks": place.size,
         "torch": torch.__version__,

@@ -40,16 +40,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _row_mean(values: Tensor) -> Tensor:
-    """Mean over channels, (M, C) -> (M, 1); as a product with ones, 2-4x faster than a reduction over short rows on a CPU."""
-    return values @ values.new_full((values.shape[1], 1), 1.0 / values.shape[1])
-
-
 class Standardise:
     """Rows standardised without the affine part, and the gradient of that: what differs between the norms.
 
     forward(y (M, C)) -> (xhat (M, C), inverse standard deviation); backward(dxhat, xhat, inverse) -> dy. `y` and `dxhat`
-    may be overwritten. The affine part is folded into the weights that follow (stack.py).
+    may be overwritten. The affine part is folded into the weights that follow (stack.py). One object serves blocks of one
+    shape.
     """
 
     def __init__(self, eps: float) -> None:
@@ -62,31 +58,45 @@ class Standardise:
         raise NotImplementedError
 
 
-class LayerStandardise(Standardise):
+class _RowStandardise(Standardise):
+    """A norm over each row's channels; the row means are products with ones, 2-4x faster than reductions over short rows on a CPU."""
+
+    averaging: Tensor | None = None
+
+    def _row_mean(self, values: Tensor) -> Tensor:
+        """(M, C) -> (M, 1)."""
+        if self.averaging is None:
+            self.averaging = values.new_full((values.shape[1], 1), 1.0 / values.shape[1])
+        return torch.mm(values, self.averaging)
+
+
+class LayerStandardise(_RowStandardise):
     """LayerNorm: mean and variance of each row."""
 
+    identity: tuple[Tensor, Tensor] | None = None
+
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        y = y.sub_(_row_mean(y))
-        inverse = _row_mean(y * y).add_(self.eps).rsqrt_()  # (M, 1)
+        y = y.sub_(self._row_mean(y))
+        inverse = self._row_mean(y * y).add_(self.eps).rsqrt_()  # (M, 1)
         return y.mul_(inverse), inverse
 
     def backward(self, dxhat: Tensor, xhat: Tensor, inverse: Tensor) -> Tensor:
         # The kernel's formula with mean 0 and deviation 1 is the gradient on xhat; the deviation follows.
-        channels, rows = xhat.shape[1], xhat.shape[0]
-        zero, one = xhat.new_zeros(rows, 1), xhat.new_ones(rows, 1)
-        dy: Tensor = aten.native_layer_norm_backward(dxhat, xhat, [channels], zero, one, None, None, [True, False, False])[0]
+        if self.identity is None:
+            self.identity = torch.zeros_like(inverse), torch.ones_like(inverse)
+        dy: Tensor = aten.native_layer_norm_backward(dxhat, xhat, xhat.shape[1:], *self.identity, None, None, (True, False, False))[0]
         return dy.mul_(inverse)
 
 
-class RMSStandardise(Standardise):
+class RMSStandardise(_RowStandardise):
     """RMSNorm: root mean square of each row, no centring."""
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = _row_mean(y * y).add_(self.eps).rsqrt_()  # (M, 1)
+        inverse = self._row_mean(y * y).add_(self.eps).rsqrt_()  # (M, 1)
         return y.mul_(inverse), inverse
 
     def backward(self, dxhat: Tensor, xhat: Tensor, inverse: Tensor) -> Tensor:
-        return torch.addcmul(dxhat, xhat, _row_mean(dxhat * xhat), value=-1).mul_(inverse)
+        return torch.addcmul(dxhat, xhat, self._row_mean(dxhat * xhat), value=-1).mul_(inverse)
 
 
 class NoStandardise(Standardise):

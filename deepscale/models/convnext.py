@@ -36,8 +36,8 @@ def default_stack_size(stage_blocks: tuple[int, ...]) -> int:
     return max(1, round(math.sqrt(sum(stage_blocks))))
 
 
-def default_segment(stage_blocks: tuple[int, ...]) -> int:
-    """Blocks recomputed together: a kept input is about a tenth of what a block's backward needs, so sqrt(blocks / 10) holds least."""
+def smallest_segment(stage_blocks: tuple[int, ...]) -> int:
+    """Blocks recomputed together that hold least: a kept input is a tenth of what a block's backward needs, so sqrt(blocks / 10)."""
     return max(1, round(math.sqrt(sum(stage_blocks) / 10)))
 
 

@@ -75,8 +75,9 @@ class _Weights:
         if "gamma" in p and self.gamma is None:
             w2, b2 = w2 * p["gamma"][:, :, None], b2 * p["gamma"]
         self.dw, self.dw_bias = p["dwconv.weight"].to(branch).unbind(0), p["dwconv.bias"].to(branch).unbind(0)
-        self.w1, self.b1 = w1.to(branch).unbind(0), b1.to(branch).unbind(0)
-        self.w2, self.b2 = w2.to(branch).unbind(0), b2.to(branch).unbind(0)
+        w1, w2 = w1.to(branch), w2.to(branch)
+        self.w1, self.w1_t, self.b1 = w1.unbind(0), w1.transpose(1, 2).unbind(0), b1.to(branch).unbind(0)
+        self.w2, self.w2_t, self.b2 = w2.unbind(0), w2.transpose(1, 2).unbind(0), b2.to(branch).unbind(0)
         self.branch, self.stream, self.blocks = branch, stream, len(self.w1)
 
 
@@ -108,14 +109,14 @@ class _Work:
             moments[0, i], moments[1, i] = batch_moments(y, self.spec.sync_batchnorm)
         xhat, inverse = self.norms[i].forward(y)
         xhat = xhat.to(w.branch)
-        h = torch.addmm(w.b1[i], xhat, w.w1[i].t())
+        h = torch.addmm(w.b1[i], xhat, w.w1_t[i])
         return _Saved(x, xhat, inverse, h, self.activation.forward(h))
 
     def output(self, saved: _Saved, i: int) -> Tensor:
         """Block i from its activation to its output (B, C, H, W)."""
         w = self.weights
         x = saved.x
-        out = torch.addmm(w.b2[i], saved.a, w.w2[i].t())  # (M, C)
+        out = torch.addmm(w.b2[i], saved.a, w.w2_t[i])  # (M, C)
         if w.gamma is not None:
             out = out * w.gamma[i]
         elif out.dtype != w.stream:
