@@ -231,6 +231,8 @@ class _StackFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
+        if not ctx.kept and not ctx.inputs:
+            raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
         x, *parameters = ctx.saved_tensors
         spec = ctx.spec
         with torch.autocast(x.device.type, enabled=False):
