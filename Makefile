@@ -7,8 +7,6 @@ SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-SCRIPTS = $(shell git ls-files -- .ci slurm '*.sh' '*.sbatch')
-
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  ARGS='...' adds arguments to train and test; DEEPSCALE_PYTHON=python3.12 chooses the Python of a new .venv/"
@@ -26,7 +24,7 @@ lint: setup ## ruff, mypy and shellcheck (setup before it)
 	ruff check .
 	ruff format --check .
 	mypy
-	@.ci/shellcheck.sh $(SCRIPTS)
+	@.ci/shellcheck.sh
 
 clean: ## remove .venv/ and caches; data sets, runs and the tracking database stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

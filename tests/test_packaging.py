@@ -24,7 +24,7 @@ def packages(requirements: list[str]) -> set[str]:
 
 def tracked() -> list[Path]:
     """The files that git knows, or would take."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = ["git", "-c", f"safe.directory={REPOSITORY}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no git here: {done.stderr.strip()}")
