@@ -42,7 +42,7 @@ class PlainBlock(nn.Module):
             branch = branch * self.gamma[:, None, None]
         if self.training and self.drop_rate:
             kept = torch.rand(x.shape[0], device=x.device) >= self.drop_rate
-            branch = branch * (kept / (1 - self.drop_rate)).to(x.dtype)[:, None, None, None]
+            branch = branch * (kept.to(x.dtype) / (1 - self.drop_rate))[:, None, None, None]
         return x + branch if self.skip else branch
 
 

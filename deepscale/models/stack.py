@@ -301,6 +301,6 @@ class BlockStack(nn.Module):
         """Stochastic depth's factors, (n, M, 1), or None."""
         if not self.training or self.drop_rates is None:
             return None
-        rates = torch.tensor(self.drop_rates, device=x.device)[:, None]
+        rates = torch.tensor(self.drop_rates, dtype=torch.float64, device=x.device)[:, None]
         kept = (torch.rand(self.blocks, x.shape[0], device=x.device) >= rates) / (1 - rates)  # (n, B)
         return kept.to(x.dtype).repeat_interleave(x.shape[2] * x.shape[3], dim=1)[:, :, None]
