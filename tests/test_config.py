@@ -1,0 +1,309 @@
+"""Settings: from the command line and back, what is refused and with which sentence, and the traps between None and 0."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepscale.config import AUTO, GROUPS, Config, EngineConfig, ModelConfig, differing, flat, parse, parse_duration
+from deepscale.errors import UsageError
+
+OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
+SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}
+# Options that take any text: paths and names.
+FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir"}
+
+# A value that is not the default for every option, as typed and as stored.
+OTHER: dict[str, tuple[str, Any]] = {
+    "depth": ("1_004", 1_004),
+    "blocks": ("1,2,5,1", (1, 2, 5, 1)),
+    "width": ("16", 16),
+    "patch_size": ("4", 4),
+    "kernel_size": ("7", 7),
+    "activation": ("silu", "silu"),
+    "norm": ("rmsnorm", "rmsnorm"),
+    "norm_scope": ("blocks", "blocks"),
+    "skip": ("none", "none"),
+    "layerscale_init": ("1e-6", 1e-6),
+    "layerscale_shape": ("channel", "channel"),
+    "drop_path": ("0.1", 0.1),
+    "sync_batchnorm": ("", True),
+    "dataset": ("cifar100", "cifar100"),
+    "data_dir": ("/data", "/data"),
+    "download": ("", False),
+    "feed": ("tensors", "tensors"),
+    "batch_size": ("128", 128),
+    "augment": ("", False),
+    "color_jitter": ("0.2", 0.2),
+    "workers": ("3", 3),
+    "eval_images": ("1,000", 1_000),
+    "lr": ("3e-3", 3e-3),
+    "weight_decay": ("0", 0.0),
+    "beta1": ("0.8", 0.8),
+    "beta2": ("0.99", 0.99),
+    "eps": ("1e-6", 1e-6),
+    "schedule": ("cosine", "cosine"),
+    "clip": ("0", 0.0),
+    "accumulation": ("2", 2),
+    "epochs": ("3", 3),
+    "max_steps": ("60", 60),
+    "time_budget": ("5m", 300.0),
+    "eval_every": ("10", 10),
+    "seed": ("7", 7),
+    "engine": ("torch", "torch"),
+    "zero": ("2", 2),
+    "offload": ("cpu", "cpu"),
+    "deepspeed_config": ("ds.json", "ds.json"),
+    "precision": ("bf16", "bf16"),
+    "recompute": ("", True),
+    "stack_size": ("10", 10),
+    "segment": ("5", 5),
+    "device": ("cpu", "cpu"),
+    "threads": ("1", 1),
+    "local_rank": ("1", 1),
+    "verbose": ("", True),
+    "tracking": ("", False),
+    "experiment": ("depth", "depth"),
+    "run_name": ("first", "first"),
+    "checkpoint_dir": ("runs", "runs"),
+}
+
+
+def typed(name: str) -> list[str]:
+    """The option of a setting with its value from OTHER, as a user types it."""
+    text, value = OTHER[name]
+    flag = name.replace("_", "-")
+    if name in SWITCHES:
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", text]
+
+
+def test_every_setting_is_in_the_table_above() -> None:
+    assert OTHER.keys() == OPTIONS.keys()
+    assert list(flat(Config())) == list(OPTIONS)
+
+
+def test_no_argument_gives_the_defaults() -> None:
+    assert parse([]) == Config()
+    assert differing(parse([])) == {}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_an_option_sets_its_setting_and_no_other(name: str) -> None:
+    assert differing(parse(typed(name))) == {name: OTHER[name][1]}
+
+
+def test_all_options_together_and_the_same_by_replace() -> None:
+    """The parsed command line against the settings named flat in code."""
+    parsed = parse([argument for name in OTHER for argument in typed(name)])
+    assert flat(parsed) == {name: value for name, (_, value) in OTHER.items()}
+    assert Config().replace(**{name: value for name, (_, value) in OTHER.items()}) == parsed
+    assert differing(parsed).keys() == OTHER.keys()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in OTHER if "_" in name and name not in SWITCHES))
+def test_underscores_in_an_option_mean_the_same(name: str) -> None:
+    """`--deepspeed_config`, as DeepSpeed spells it, against `--deepspeed-config`."""
+    assert parse([f"--{name}", OTHER[name][0]]) == parse(typed(name))
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHES))
+def test_a_switch_can_be_set_both_ways(name: str) -> None:
+    flag = name.replace("_", "-")
+    assert flat(parse([f"--{flag}"]))[name] is True
+    assert flat(parse([f"--no-{flag}"]))[name] is False
+
+
+CHOICES = {
+    "activation": ("gelu", "relu", "silu", "tanh", "sigmoid"),
+    "norm": ("layernorm", "batchnorm", "rmsnorm", "none"),
+    "norm_scope": ("all", "blocks"),
+    "skip": ("identity", "none"),
+    "layerscale_shape": ("scalar", "channel"),
+    "dataset": ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic"),
+    "feed": ("auto", "ffcv", "tensors"),
+    "schedule": ("onecycle", "cosine", "constant"),
+    "engine": ("deepspeed", "torch"),
+    "offload": ("auto", "none", "cpu", "nvme"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "device": ("auto", "cuda", "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    flag = name.replace("_", "-")
+    for known in CHOICES[name]:
+        assert flat(parse([f"--{flag}", known]))[name] == known
+    with pytest.raises(UsageError) as refused:
+        parse([f"--{flag}", "nonsense"])
+    assert f"--{flag}" in str(refused.value)
+    assert f"'nonsense' is not known; possible: {', '.join(CHOICES[name])}" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - SWITCHES - FREE_TEXT))
+@pytest.mark.parametrize("text", ["nonsense", "", "1;2", "½"])
+def test_a_value_that_cannot_be_read_is_refused_by_name(name: str, text: str) -> None:
+    """The sentence holds the option, what was given and, but for what the launcher sets, what is possible."""
+    flag = name.replace("_", "-")
+    with pytest.raises(UsageError) as refused:
+        parse([f"--{flag}", text])
+    sentence = str(refused.value)
+    assert f"--{flag}" in sentence
+    assert repr(text) in sentence
+    if name != "local_rank":
+        assert any(what in sentence for what in ("possible: ", "is not a number from ", "is not a whole number from ", "type for example "))
+    assert "all settings: deepspeed deepscale/train.py --help" in sentence
+    assert "\n" not in sentence
+
+
+OUT_OF_RANGE = [
+    ("depth", "13", "14 (one block in each of 4 stages) to 100,000 layers"),
+    ("depth", "100001", "to 100,000 layers"),
+    ("blocks", "1,1,5", "four numbers of blocks, each at least 1"),
+    ("blocks", "1,1,5,0", "four numbers of blocks, each at least 1"),
+    ("blocks", "1,1,5,1,1", "four numbers of blocks, each at least 1"),
+    ("width", "0", "a whole number from 1, nor the word auto"),
+    ("width", "8.5", "a whole number from 1, nor the word auto"),
+    ("patch-size", "0", "a whole number from 1, nor the word auto"),
+    ("kernel-size", "0", "a whole number from 1"),
+    ("kernel-size", "4", "an odd side keeps the resolution: type 3, 5 or 7"),
+    ("layerscale-init", "nan", "nor the word none"),
+    ("layerscale-init", "inf", "nor the word none"),
+    ("drop-path", "1", "a number from 0 to 0.99"),
+    ("drop-path", "-0.1", "a number from 0 to 0.99"),
+    ("batch-size", "0", "a whole number from 1"),
+    ("color-jitter", "1.1", "a number from 0 to 1"),
+    ("workers", "0", "a whole number from 1"),
+    ("lr", "-0.1", "a number from 0"),
+    ("lr", "nan", "a number from 0"),
+    ("lr", "inf", "a number from 0"),
+    ("beta1", "1", "a number from 0 to 0.9999"),
+    ("beta2", "1", "a number from 0 to 0.99999"),
+    ("clip", "-1", "a number from 0"),
+    ("accumulation", "0", "a whole number from 1"),
+    ("epochs", "0", "a whole number from 1"),
+    ("max-steps", "0", "a whole number from 1, nor the word none"),
+    ("time-budget", "0", "type for example 90s, 5m or 2h"),
+    ("time-budget", "-5m", "type for example 90s, 5m or 2h"),
+    ("time-budget", "nan", "type for example 90s, 5m or 2h"),
+    ("time-budget", "5 minutes", "type for example 90s, 5m or 2h"),
+    ("seed", "-1", "a whole number from 0 to 2,147,483,647"),
+    ("seed", "2147483648", "a whole number from 0 to 2,147,483,647"),
+    ("zero", "4", "a whole number from 0 to 3, nor the word auto"),
+    ("stack-size", "0", "a whole number from 1, nor the word auto"),
+    ("segment", "0", "a whole number from 1, nor the word auto"),
+    ("threads", "0", "a whole number from 1, nor the word auto"),
+]
+
+
+@pytest.mark.parametrize(("flag", "text", "possible"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_the_range(flag: str, text: str, possible: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse([f"--{flag}={text}"])
+    assert f"--{flag}" in str(refused.value)
+    assert text in str(refused.value)
+    assert possible in str(refused.value)
+
+
+@pytest.mark.parametrize("arguments", [["--dep", "26"], ["--layerscale", "0"], ["--no-down"], ["--verb"]])
+def test_abbreviations_are_refused(arguments: list[str]) -> None:
+    """A name typed half today may be two options' tomorrow."""
+    with pytest.raises(UsageError, match=f"unrecognized arguments: {' '.join(arguments)}"):
+        parse(arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--colour", "red"], ["1004"], ["--download", "yes"], ["--width"]])
+def test_arguments_that_are_no_setting_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(arguments)
+    assert arguments[-1] in str(refused.value)
+
+
+def test_no_gamma_and_a_gamma_of_zero_are_two_settings() -> None:
+    absent, zero = parse(["--layerscale-init", "none"]), parse(["--layerscale-init", "0"])
+    assert absent.model.layerscale_init is None
+    assert absent.model.gamma_init is None
+    assert zero.model.layerscale_init == 0.0
+    assert zero.model.gamma_init == 0.0
+    assert differing(absent) == {"layerscale_init": None}
+    assert differing(zero) == {"layerscale_init": 0.0}
+
+
+def test_gamma_by_itself_is_zero_with_a_skip_and_absent_without() -> None:
+    assert parse([]).model.gamma_init == 0.0
+    assert parse(["--skip", "none"]).model.gamma_init is None
+    assert parse(["--skip", "none", "--layerscale-init", "0.5"]).model.gamma_init == 0.5
+
+
+@pytest.mark.parametrize("zero", ["0", "0.0", "-0", "0e5"])
+def test_no_skip_with_gamma_zero_is_refused_with_the_reason(zero: str) -> None:
+    with pytest.raises(UsageError, match=r"the only path is multiplied by gamma 0; type --layerscale-init none or 1"):
+        parse(["--skip", "none", "--layerscale-init", zero])
+    with pytest.raises(UsageError, match=r"the only path is multiplied by gamma 0"):
+        Config().replace(skip="none", layerscale_init=float(zero))
+
+
+def test_no_limit_is_none_and_not_zero() -> None:
+    assert parse(["--max-steps", "none", "--time-budget", "none"]) == Config()
+    assert Config().recipe.max_steps is None
+    assert Config().recipe.time_budget is None
+
+
+def test_blocks_override_depth() -> None:
+    """Nine blocks are 29 layers, whatever --depth says beside them."""
+    model = parse(["--depth", "1004", "--blocks", "1,2,5,1"]).model
+    assert model.stage_blocks == (1, 2, 5, 1)
+    assert model.built_depth == 3 * 9 + 2
+
+
+def test_replace_changes_what_is_named_and_leaves_the_original() -> None:
+    config = Config()
+    changed = config.replace(width=16, zero=2, seed=3)
+    assert differing(changed) == {"width": 16, "zero": 2, "seed": 3}
+    assert config == Config()
+    assert changed.replace(width=AUTO, zero=AUTO, seed=0) == config
+
+
+def test_replace_refuses_an_unknown_name_and_lists_the_known() -> None:
+    with pytest.raises(UsageError) as refused:
+        Config().replace(depht=26, width=8)
+    assert str(refused.value) == f"setting 'depht' is not known; possible: {', '.join(OPTIONS)}"
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().depth = 30  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().engine = EngineConfig()  # type: ignore[misc]
+
+
+def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, f in OPTIONS.items():
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in shown
+        assert f"(default: {f.default})" in shown
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("90s", 90.0), ("1.5m", 90.0), ("2h", 7_200.0), ("1d", 86_400.0), ("0.5", 0.5)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(OPTIONS.keys() - SWITCHES)), st.text(max_size=12))
+def test_any_text_is_taken_or_refused_in_one_sentence(name: str, text: str) -> None:
+    """No text ends in another exception than UsageError, and no number taken is NaN or infinite."""
+    try:
+        value = flat(parse([f"--{name}={text}"]))[name]
+    except UsageError as refused:
+        assert str(refused).strip()
+    else:
+        assert not isinstance(value, float) or math.isfinite(value)
