@@ -24,6 +24,7 @@ GIB = 2**30
 WIDTHS = (64, 32, 16, 8)
 PATCHES = (1, 2, 4)
 BATCHES = (64, 32, 16, 8)
+FAST_SEGMENT = 4  # blocks recomputed together whose activations stay in a core's cache
 STEP_SHARE = 1 / 40  # of the time budget that one step may take
 STEP_LIMIT_S = 10.0  # without a time budget
 FITS = 0.9  # of the memory that is free
