@@ -140,6 +140,7 @@ def quiet(verbose: bool) -> Iterator[None]:
     if verbose:
         yield
         return
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import has set the level back
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")
         yield
