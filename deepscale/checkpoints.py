@@ -53,7 +53,12 @@ def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
 
 def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
     """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
-    network = {"model": dataclasses.asdict(settings.model), "stack_size": settings.engine.stack_size, "classes": info.classes, "channels": info.channels}
+    network = {
+        "model": dataclasses.asdict(settings.model),
+        "stack_size": settings.engine.stack_size,
+        "classes": info.classes,
+        "channels": info.channels,
+    }
     path = folder / WEIGHTS
     write(path, state, {"deepscale": json.dumps(network), "layout": "stacked"})
     return path

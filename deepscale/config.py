@@ -145,7 +145,9 @@ class ModelConfig:
     norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
     skip: str = _option("identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}", _choice(SKIP_NAMES))
     layerscale_init: float | None | Auto = _option(
-        AUTO, "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, none without", _or("none", _auto(_real(-1e6)), None)
+        AUTO,
+        "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, none without",
+        _or("none", _auto(_real(-1e6)), None),
     )
     layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", _choice(("scalar", "channel")))
     drop_path: float = _option(0.0, "stochastic depth rate of the last block, growing linearly from 0", _real(0.0, 0.99))
@@ -209,7 +211,9 @@ class RecipeConfig:
     accumulation: int = _option(1, "micro batches per optimiser step", _integer(1))
     epochs: int = _option(100, "passes over the training images", _integer(1))
     max_steps: int | None = _option(None, "optimiser steps; ends the run before --epochs", _or("none", _integer(1), None))
-    time_budget: float | None = _option(None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", _or("none", parse_duration, None))
+    time_budget: float | None = _option(
+        None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", _or("none", parse_duration, None)
+    )
     eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(_integer(1)))
     seed: int = _option(0, "initial values, data order and augmentation", _integer(0, 2**31 - 1))
 
@@ -222,7 +226,9 @@ class EngineConfig:
     zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(_integer(0, 3)))
     offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", _choice(("auto", "none", "cpu", "nvme")))
     deepspeed_config: str | None = _option(None, "a DeepSpeed configuration file instead of the ones in ds_configs/")
-    precision: str = _option(AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", _choice(("auto", "fp32", "bf16", "fp16")))
+    precision: str = _option(
+        AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", _choice(("auto", "fp32", "bf16", "fp16"))
+    )
     recompute: bool | Auto = _switch(AUTO, "keep only the inputs of stacks and recompute the rest in backward")
     stack_size: int | Auto = _option(AUTO, "blocks per stack, which share their parameter tensors; auto: about sqrt(blocks)", _auto(_integer(1)))
     segment: int | Auto = _option(AUTO, "blocks recomputed together; auto: 4, or about sqrt(blocks / 10) where memory is short", _auto(_integer(1)))

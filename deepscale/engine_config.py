@@ -120,7 +120,7 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
         enabled = settings.get(section, {}).get("enabled", False)
         if enabled is True or (enabled == AUTO and engine.precision == section):
             if enabled is True and engine.precision != section:
-                raise UsageError(f"{path} enables {section}, the command says --precision {engine.precision}; write \"enabled\": \"auto\" there")
+                raise UsageError(f'{path} enables {section}, the command says --precision {engine.precision}; write "enabled": "auto" there')
             if enabled is True:
                 raise UsageError(
                     f'{path} enables the section {section!r}, which puts the residual stream in low precision; write "enabled": "auto" '

@@ -3,9 +3,10 @@
 Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 130 for Ctrl-C.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
+import functools
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class DeepscaleError(Exception):
@@ -39,18 +40,18 @@ def unknown_choice(what: str, given: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"{what} {given!r} is not known; possible: {', '.join(known)}")
 
 
-@contextmanager
-def _exit_with_sentence() -> "AbstractContextManager[None]":  # type: ignore[misc]
-    try:
-        yield
-    except DeepscaleError as error:
-        print(f"deepscale: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("deepscale: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
-
-
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a command's entry point: known errors become one sentence and their exit code."""
-    return _exit_with_sentence()(main)  # type: ignore[operator, no-any-return]
+
+    @functools.wraps(main)
+    def guarded(*arguments: Any) -> None:
+        try:
+            main(*arguments)
+        except DeepscaleError as error:
+            print(f"deepscale: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("deepscale: interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+
+    return guarded

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deepscale.config import AUTO, Config
-from deepscale.data import EvalFeed, Feed, Feeds
+from deepscale.data import Feed, Feeds
+from deepscale.data.tensors import EvalFeed
 from deepscale.engine import Engine
 from deepscale.errors import NonFiniteError
 from deepscale.models.components import average_running_statistics, commit_running_statistics
@@ -96,7 +97,7 @@ def evaluate(engine: Engine, feed: EvalFeed, world: World, batches: int | None =
     average_running_statistics(engine.module)
     engine.module.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    most = -(-(-(-feed.images // world.size)) // feed.batch)
+    most = math.ceil(math.ceil(feed.images / world.size) / feed.batch)
     own = feed.epoch()
     for _ in range(most if batches is None else min(batches, most)):
         images, labels = next(own, (feed.blank(), None))
@@ -234,16 +235,18 @@ class Fit:
             raise stopped_at_nonfinite(self.run, self.step + 1, loss)
         if self.step % GRADIENT_EVERY == 0:
             conv = self.run.model.stem.conv
-            for name, parameter in (("", conv.weight), ("_bias", conv.bias)):
-                gradient = self.run.engine.gradient(parameter) if parameter is not None else None
+            for name, parameter in conv.named_parameters():
+                gradient = self.run.engine.gradient(parameter)
                 if gradient is not None:
-                    metrics[f"grad/first_layer_mean_abs{name}"] = gradient.abs().mean().item()
+                    metrics["grad/first_layer_mean_abs" + ("_bias" if name == "bias" else "")] = gradient.abs().mean().item()
 
     def _validate(self) -> None:
         run = self.run
         self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world)
         run.tracker.log({f"val/{name}": value for name, value in found.items()}, self.step)
-        run.progress.say(f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images")
+        run.progress.say(
+            f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images"
+        )
 
 
 def stopped_at_nonfinite(run: Run, step: int, loss: float) -> NonFiniteError:

@@ -282,8 +282,8 @@ def _too_large(config: Config, machine: Machine, shape: dict[str, int]) -> Usage
         width //= 2
         if _fits(_memory_choices(smallest.replace(width=width, recompute=AUTO), machine, **shape), machine, **shape):
             return UsageError(
-                f"{smallest.model.built_depth:,} layers at --width {smallest.model.width} need {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; "
-                f"--width {width} fits"
+                f"{smallest.model.built_depth:,} layers at --width {smallest.model.width} need {needed / GIB:.1f} GiB, "
+                f"and {free / GIB:.1f} GiB are free; --width {width} fits"
             )
     return UsageError(
         f"{smallest.model.built_depth:,} layers need {needed / GIB:.1f} GiB even at width {smallest.model.width}, and {free / GIB:.1f} GiB are free; "
@@ -310,8 +310,9 @@ def _fast_enough(candidates: list[Config], world: World, image_size: int) -> tup
 def _explain(asked: Config, chosen: Config, memory: Memory, machine: Machine, step_s: float | None, cut: bool) -> list[str]:
     """The few lines that say what is built and why."""
     model, engine = chosen.model, chosen.engine
+    assert isinstance(model.width, int)
     blocks = " + ".join(f"{b:,}" for b in model.stage_blocks)
-    lines = [f"{model.built_depth:,} layers: {blocks} blocks in 4 stages of width {' '.join(str(model.width * 2**s) for s in range(STAGES))}"]  # type: ignore[operator]
+    lines = [f"{model.built_depth:,} layers: {blocks} blocks in 4 stages of width {' '.join(str(model.width * 2**s) for s in range(STAGES))}"]
     lines[0] += f", {memory.parameters:,} parameters"
     sizes = f"width {model.width}, patch {model.patch_size}, batch {chosen.data.batch_size}"
     if step_s is not None:

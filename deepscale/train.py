@@ -101,9 +101,7 @@ def train(asked: Config, place: world.World) -> loop.Result:
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
     """The planned network with its initial values, on the run's device."""
     segment = plan.segment_of(settings)
-    model = ConvNeXt(
-        settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size), segment=segment
-    )
+    model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size), segment=segment)
     return model.initialise(settings.recipe.seed).to(place.device)
 
 
@@ -111,7 +109,6 @@ def _prepare_ops(asked: Config, screen: progress.Progress) -> bool:
     """Builds DeepSpeed's CPU optimiser where offload may need it; whether it is there."""
     if asked.engine.engine != "deepspeed":
         return False
-    ops.skip_shm_comm()
     if asked.engine.offload != "cpu" and asked.engine.deepspeed_config is None and not torch.cuda.is_available():
         return False
     reason = ops.ensure_ops(["cpu_adam"], screen.say, asked.engine.verbose)["cpu_adam"]

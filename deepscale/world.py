@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepscale import ops
 from deepscale.config import EngineConfig
 from deepscale.errors import MissingPackageError, UsageError
 
@@ -80,6 +81,7 @@ def join(engine: EngineConfig) -> World:
             import deepspeed
         except ImportError:
             raise MissingPackageError("deepspeed", None, "--engine deepspeed (or type --engine torch)") from None
+        ops.skip_shm_comm()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
     elif size > 1 and not dist.is_initialized():
         dist.init_process_group(backend)

@@ -3,27 +3,27 @@
 FFCV compiles for 5-10 s per feed: the feeds are made once per module and shared.
 """
 
-from collections.abc import Callable, Iterator
 import dataclasses
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
-from pathlib import Path
 import re
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
 import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepscale.config import DataConfig
 from deepscale.data import beton, beton_file

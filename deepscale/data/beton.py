@@ -6,17 +6,17 @@ threads seed themselves, and is not reproducible.
 FFCV: Leclerc et al. 2023, arXiv:2306.12517, https://github.com/libffcv/ffcv.
 """
 
+import importlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-import importlib
 from pathlib import Path
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepscale.data.beton_file import FeedUnavailable, Say, beton_path, import_ffcv, verify_beton, write_beton
@@ -88,7 +88,7 @@ class FfcvFeed:
         self, path: Path, info: "DatasetInfo", data: "DataConfig", shard: Shard, seed: int, device: torch.device, workers: int, say: Say = print
     ) -> None:
         self._channels, self._shard, self._seed, self._device, self._say = info.channels, shard, seed, device, say
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         with _kept_threads():
             self._loader = _loader(path, info, data, shard.micro_batch, workers)
         self.images = int(self._loader.reader.num_samples)

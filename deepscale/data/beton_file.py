@@ -6,24 +6,24 @@ file it hands out wrong pixels. Its images always have three channels, so a grey
 FFCV: Leclerc et al. 2023, arXiv:2306.12517, https://github.com/libffcv/ffcv.
 """
 
-from collections.abc import Callable
 import contextlib
 import hashlib
 import importlib
 import json
 import os
-from pathlib import Path
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from deepscale.errors import UsageError
 

@@ -85,6 +85,7 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.stacks = nn.ModuleList(stacks)
+        self.path = tuple(stacks)  # the same stacks, with their type
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,15 @@ class ConvNeXt(nn.Module):
             stages.append(Stage(downsample, stacks))
             done += blocks[s]
         self.stages = nn.ModuleList(stages)
+        self.path = tuple(stages)  # the same stages, with their type
         self.head = Head(kind, sync, model.width * 2 ** (STAGES - 1), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = stream(self.stem(x))
-        for stage in self.stages:
+        for stage in self.path:
             if stage.downsample is not None:
                 x = stream(stage.downsample(x))
-            for stack in stage.stacks:
+            for stack in stage.path:
                 x = stack(x)
         return self.head(x)
 
@@ -149,11 +151,11 @@ class ConvNeXt(nn.Module):
         """(name in the plain network, place here) of every parameter, in path order from image to logits."""
         for own in _names(self.stem, "stem."):
             yield own, PlainName(own, None)
-        for s, stage in enumerate(self.stages):
+        for s, stage in enumerate(self.path):
             if stage.downsample is not None:
                 for own in _names(stage.downsample, f"stages.{s}.downsample."):
                     yield own, PlainName(own, None)
-            for t, stack in enumerate(stage.stacks):
+            for t, stack in enumerate(stage.path):
                 for i in range(stack.blocks):
                     for name in stack.spec.shapes():
                         plain = f"stages.{s}.blocks.{stack.first + i}.{name}"

@@ -41,4 +41,4 @@ def fill(parameter: Tensor, name: str, seed: int, gamma_init: float | None) -> N
         parameter.fill_(1.0)
     else:
         generator = torch.Generator().manual_seed(seed_of(seed, name))
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, STD, generator=generator))
+        parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, STD, generator=generator))

@@ -8,6 +8,7 @@ from torch import Tensor
 from deepscale.errors import UsageError
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.reference import PlainConvNeXt
+from deepscale.models.stack import BlockStack
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -19,13 +20,14 @@ def _places(model: ConvNeXt) -> dict[str, tuple[str, int | None]]:
         owner, _, statistic = name.rpartition(".statistics.")
         if statistic not in STATISTICS:
             continue
-        stage, separator, stack = owner.partition(".stacks.")
+        stage, separator, _ = owner.partition(".stacks.")
         if not separator:
             places[name] = (name, None)
             continue
         module = model.get_submodule(owner)
-        for i in range(int(module.blocks)):  # type: ignore[arg-type]
-            places[f"{stage}.blocks.{int(module.first) + i}.norm.statistics.{statistic}"] = (name, i)  # type: ignore[arg-type]
+        assert isinstance(module, BlockStack)
+        for i in range(module.blocks):
+            places[f"{stage}.blocks.{module.first + i}.norm.statistics.{statistic}"] = (name, i)
     return places
 
 

@@ -74,12 +74,13 @@ class PlainConvNeXt(nn.Module):
             first = sum(blocks[:s])
             stages.append(PlainStage(down, [PlainBlock(model, width, rates[first + i]) for i in range(blocks[s])]))
         self.stages = nn.ModuleList(stages)
+        self.path = tuple(stages)  # the same stages, with their type
         last = model.width * 2 ** (STAGES - 1)
         self.head = nn.ModuleDict({"norm": ChannelNorm(kind, last, sync), "linear": nn.Linear(last, classes)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem["norm"](self.stem["conv"](x))
-        for stage in self.stages:
+        for stage in self.path:
             if stage.downsample is not None:
                 x = stage.downsample["conv"](stage.downsample["norm"](x))
             for block in stage.blocks:

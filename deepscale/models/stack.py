@@ -140,10 +140,9 @@ class _Work:
         torch.sum(dh, 0, dtype=w.stream, out=grads.b1[i])
         grads.write(grads.w1, i, saved.xhat.t(), dh)  # (C, 4C)
         dxhat = dh @ w.w1[i]
+        dy = dxhat
         if self.spec.norm != "none":
             dy = self.norms[i].backward(dxhat.to(w.stream), saved.xhat.to(w.stream), saved.inverse)
-        else:
-            dy = dxhat
         batch, _, height, width = saved.x.shape
         dy = dy.to(w.branch).view(batch, height, width, c).permute(0, 3, 1, 2)
         dx, dw, dw_bias = aten.convolution_backward(
@@ -201,7 +200,9 @@ class _StackFunction(torch.autograd.Function):
     """The stack as one node of autograd. See BlockStack.forward for the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, segment: int | None, masks: Tensor | None, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, segment: int | None, masks: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         spec, moments = stack.spec, None
         if spec.norm == "batchnorm":
             statistics = stack.statistics
@@ -272,8 +273,8 @@ class BlockStack(nn.Module):
     """Blocks `first` ... `first + blocks - 1` of a stage.
 
     Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
-    (n, 1) or (n, C). `segment` is the number of blocks recomputed together in backward, from the one input kept for them; 0 keeps all. `drop_rates` (n,): stochastic depth
-    (arXiv:1603.09382), a per-sample mask on the branch.
+    (n, 1) or (n, C). `segment` is the number of blocks recomputed together in backward, from the one input kept for them;
+    0 keeps all. `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch.
     """
 
     def __init__(self, spec: BlockSpec, first: int, blocks: int, segment: int = 0, drop_rates: tuple[float, ...] | None = None) -> None:

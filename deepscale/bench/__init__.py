@@ -1,0 +1,40 @@
+"""`deepscale bench`: the promises on speed and memory, measured again by anyone.
+
+    deepscale bench start|step|memory|data [--json FILE]
+
+Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
+is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
+processes, repeated. The defaults are the sizes of the goals; smaller ones make a quick try.
+
+| module | what |
+|---|---|
+| start.py, step.py, memory.py, data.py | the four commands |
+| deep.py, kept.py | programs that the commands start as fresh processes (`worker.py`) and that print JSON |
+| networks.py | the networks that are measured, and one training step of them |
+| report.py | goals, rows, the table, the JSON file |
+"""
+
+import importlib
+
+from deepscale.errors import UsageError, unknown_choice
+
+BENCHES = {
+    "start": "CPU seconds of deepspeed.initialize, at 10,001 and at 26 layers",
+    "step": "a training step: stacked against the plain network, recomputed against kept, and 10,001 layers",
+    "memory": "peak memory of training 10,001 layers, and the activations that recomputation leaves",
+    "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the bench that the first argument names. Raises UsageError for bad input."""
+    usage = "\n".join(["usage: deepscale bench NAME [--json FILE] [sizes: see deepscale bench NAME --help]", ""])
+    usage += "\n".join(f"  {name:<8}{text}" for name, text in BENCHES.items())
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    if not arguments:
+        raise UsageError(f"deepscale bench needs a name: {', '.join(BENCHES)}; type for example deepscale bench start")
+    if arguments[0] not in BENCHES:
+        raise unknown_choice("the bench", arguments[0], BENCHES)
+    importlib.import_module(f"deepscale.bench.{arguments[0]}").main(arguments[1:])

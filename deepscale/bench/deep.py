@@ -1,0 +1,95 @@
+"""A program: one network in a fresh process through DeepSpeed; start, steps and peak memory as JSON.
+
+CPU seconds are of all threads of the process. The start is that of AdamW and deepspeed.initialize, the network being built
+before. Both import modules of their own at their first call, which take longer than a small network's start: they are imported
+ahead of it (`LATE`) and counted apart. Memory counts from before and from after those imports.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from deepscale import config, errors, memory, ops, tracking, world
+from deepscale.bench import networks
+from deepscale.bench.options import settings_of, whole
+from deepscale.engine import DeepSpeedEngine, hush
+
+# What AdamW's constructor and deepspeed.initialize import: torch's compiler, which both merely decorate functions with.
+LATE = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@errors.command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures as the arguments say, and prints the result in the last line."""
+    command = config.parser("python -m deepscale.bench.deep", "Measure one network in this process.")
+    command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
+    for name in ("depth", "width", "batch-size", "threads"):
+        command.add_argument(f"--{name}", type=whole(), required=True)
+    for name, default in (("segment", networks.SEGMENT), ("zero", 0), ("warm-up", 0), ("steps", 0)):
+        command.add_argument(f"--{name}", type=whole(0), default=default)
+    values = command.parse_args(arguments)
+    hush(verbose=False)
+    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads"))
+    try:
+        place = _joined(settings)
+        result = _measure(values, settings, place)
+    finally:
+        world.leave()
+    print(json.dumps(result), flush=True)
+
+
+def _joined(settings: config.Config) -> world.World:
+    """The process with everything imported that training imports, and with its process group."""
+    loading = tracking.preload()
+    if loading is not None:
+        loading.join()
+    try:
+        ops.skip_shm_comm()
+    except ImportError:
+        raise errors.MissingPackageError("deepspeed", None, "this bench") from None
+    return world.join(settings.engine)
+
+
+def _measure(values: argparse.Namespace, settings: config.Config, place: world.World) -> dict[str, Any]:
+    base = memory.reset_peak(place.device)
+    late, _ = timed(_import_late)
+    imported = memory.resident_bytes()
+    model = networks.build(settings, plain=values.network == "plain")
+    engines: list[DeepSpeedEngine] = []
+    start, _ = timed(lambda: engines.append(DeepSpeedEngine(model, settings, place)))
+    training = networks.Training(engines[0], place, networks.random_batch(values.batch_size, channels_last=values.network == "stacked"))
+    for _ in range(values.warm_up):
+        training.step()
+    steps = [timed(training.step) for _ in range(values.steps)]
+    return {
+        "tensors": len(list(model.parameters())),
+        "start_cpu_s": start,
+        "late_cpu_s": late,
+        "step_cpu_s": [cpu for cpu, _ in steps],
+        "step_wall_s": [wall for _, wall in steps],
+        "losses": training.losses,
+        "base_bytes": base,
+        "imported_bytes": imported,
+        "peak_bytes": memory.peak_bytes(place.device),
+    }
+
+
+def _import_late() -> None:
+    for name in LATE:
+        with suppress(ImportError):  # versions that do not have it do not import it
+            importlib.import_module(name)
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """CPU seconds of all threads, and seconds on the clock, that the work takes."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The networks that are measured, and one training step of them: the same step that training takes (loop.py)."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from deepscale.config import Config
+from deepscale.depth import blocks_for_depth
+from deepscale.engine import Engine
+from deepscale.loop import train_step
+from deepscale.models.convnext import ConvNeXt, default_stack_size
+from deepscale.models.reference import PlainConvNeXt
+from deepscale.plan import segment_of
+from deepscale.world import World
+
+IMAGE_SIZE = 32
+CHANNELS = 3
+CLASSES = 10
+SEED = 0
+SEGMENT = 4  # blocks recomputed together: what the planner takes where memory is not short
+
+
+def configuration(
+    *, depth: int, width: int, batch_size: int, segment: int = SEGMENT, engine: str = "deepspeed", zero: int = 0, threads: int = 1
+) -> Config:
+    """A configuration in which nothing is left to the planner: the published recipe in float32 on the CPU, at full resolution.
+
+    `segment` blocks are recomputed together, 0 keeps all activations.
+    """
+    return Config().replace(
+        depth=depth,
+        width=width,
+        patch_size=1,
+        batch_size=batch_size,
+        recompute=segment > 0,
+        segment=max(1, segment),
+        stack_size=default_stack_size(blocks_for_depth(depth)),
+        engine=engine,
+        zero=zero,
+        offload="none",
+        precision="fp32",
+        device="cpu",
+        threads=threads,
+        workers=1,
+    )
+
+
+def build(settings: Config, plain: bool = False) -> nn.Module:
+    """The network with its initial values: stacked, or plain as published."""
+    if plain:
+        return PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS).initialise(SEED)
+    stack_size, segment = int(settings.engine.stack_size), segment_of(settings)
+    return ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=stack_size, segment=segment).initialise(SEED)
+
+
+def random_batch(images: int, channels_last: bool = True) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W), normal, in the feeds' memory order or contiguous, and labels (B,); always the same."""
+    generator = torch.Generator().manual_seed(SEED)
+    pixels = torch.randn(images, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    labels = torch.randint(CLASSES, (images,), generator=generator)
+    return (pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels), labels
+
+
+class Training:
+    """Training steps of one network on one batch."""
+
+    def __init__(self, engine: Engine, world: World, batch: tuple[Tensor, Tensor]) -> None:
+        self.engine, self.world = engine, world
+        self.batches: Iterator[tuple[Tensor, Tensor]] = itertools.repeat(batch)
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """Forward, loss, backward, clipping, AdamW."""
+        train_step(self.engine, self.batches, 1, self.world, self._note)
+
+    def _note(self, totals: Tensor) -> None:
+        loss, _, images = totals.tolist()
+        self.losses.append(loss / images)

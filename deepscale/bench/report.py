@@ -1,0 +1,187 @@
+"""What a bench prints and writes: rows of repeated measurements, goals beside them, and where they were measured."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deepscale.errors import UsageError
+
+GB = 1e9
+PACKAGES = ("torch", "deepspeed", "ffcv")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on a row's median, in the row's unit."""
+
+    limit: float
+    at_least: bool = False
+
+    def reached(self, value: float) -> bool:
+        """Whether the value keeps to the limit."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"at {'least' if self.at_least else 'most'} {number(self.limit)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, measured `len(values)` times, in `unit`; "x" is a ratio."""
+
+    what: str
+    unit: str
+    values: tuple[float, ...]
+    goal: Goal | None = None
+
+    @property
+    def median(self) -> float:
+        """The value that the goal is about."""
+        return statistics.median(self.values)
+
+    def cells(self) -> list[str]:
+        """The row of the printed table."""
+        goal = ["", "", ""]
+        if self.goal is not None:
+            goal = [str(self.goal), f"{number(self.median / self.goal.limit)}", "yes" if self.goal.reached(self.median) else "no"]
+        several = [number(min(self.values)), number(max(self.values))] if len(self.values) > 1 else ["", ""]
+        return [self.what, self.unit, number(self.median), *several, str(len(self.values)), *goal]
+
+    def as_json(self) -> dict[str, Any]:
+        """The row of the JSON file."""
+        record: dict[str, Any] = {"what": self.what, "unit": self.unit, "median": self.median, "min": min(self.values), "max": max(self.values)}
+        record |= {"n": len(self.values), "values": list(self.values)}
+        if self.goal is not None:
+            kind = "at least" if self.goal.at_least else "at most"
+            record |= {"goal": f"{kind} {self.goal.limit}", "of_goal": self.median / self.goal.limit, "reached": self.goal.reached(self.median)}
+        return record
+
+
+HEADINGS = ["what", "unit", "median", "lowest", "highest", "n", "goal", "of the goal", "reached"]
+
+
+def ratio(what: str, above: Sequence[float], below: Sequence[float], goal: Goal | None = None) -> Row:
+    """above / below, round by round: values of one round were measured one after the other, so drift cancels."""
+    return Row(what, "x", tuple(a / b for a, b in zip(above, below, strict=True)), goal)
+
+
+def number(value: float) -> str:
+    """Three significant digits, or whole with thousands separated."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@dataclass
+class Report:
+    """A bench's result. `sizes` are all its options as they are used, `goal_sizes` those that the goals are about, `notes` sentences."""
+
+    bench: str
+    arguments: list[str]
+    sizes: dict[str, Any]
+    goal_sizes: dict[str, Any]
+    hardware: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """What to type for the same measurement."""
+        return shlex.join(["deepscale", "bench", self.bench, *self.arguments])
+
+    def text(self) -> str:
+        """The table in Markdown, and under it where and how it was measured."""
+        table = [HEADINGS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(HEADINGS))]
+        padded = [
+            [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))] for line in table
+        ]
+        lines = [f"| {' | '.join(line)} |" for line in padded]
+        lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+        other = [f"{name} {self.sizes[name]} ({value})" for name, value in self.goal_sizes.items() if self.sizes[name] != value]
+        notes = [*self.notes, *([f"not as the goals ask (in brackets): {', '.join(other)}"] if other else [])]
+        where = {
+            "command": self.command,
+            "sizes": ", ".join(f"{name} {value}" for name, value in self.sizes.items()),
+            "hardware": ", ".join(f"{name} {value}" for name, value in self.hardware.items()),
+            "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
+        }
+        return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in where.items()), *notes])
+
+    def as_json(self) -> dict[str, Any]:
+        """The same numbers for a file."""
+        return {
+            "bench": self.bench,
+            "command": self.command,
+            "sizes": self.sizes,
+            "rows": [row.as_json() for row in self.rows],
+            "notes": self.notes,
+            "hardware": self.hardware,
+            "versions": versions(),
+        }
+
+    def publish(self, path: Path | None) -> None:
+        """Prints the table, and writes the JSON file where one is asked for."""
+        print(self.text(), flush=True)
+        if path is not None:
+            write_json(path, self.as_json())
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuses a file that cannot be written before minutes of measuring. Raises UsageError."""
+    if path is None:
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written ({error.strerror or error}); type --json with a file in a folder that is there") from None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes the whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"--json {path} cannot be written ({error.strerror or error}); the table above holds the numbers") from None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, GPU, and how busy the machine is now: its load of the last minute."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    memory = _first("/proc/meminfo", "MemTotal")
+    gib = f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"
+    cpu = _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    return {"CPU": cpu, "cores": len(os.sched_getaffinity(0)), "memory": gib, "GPU": gpu, "load before": round(os.getloadavg()[0], 1)}
+
+
+def _first(file: str, name: str) -> str:
+    """The value of the first line `name: value`, or nothing."""
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,71 @@
+"""Measuring in fresh processes: a program of this package is started, and prints its result as JSON in its last line."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepscale.errors import DeepscaleError, UsageError
+
+TAIL_LINES = 15
+# What a launcher or a job may have set: a measuring process is alone in its world, on the CPU.
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SENTENCE = "deepscale: "  # errors.py's mark of a known error
+
+
+class BenchError(DeepscaleError):
+    """A measuring process failed; the message says how, and shows the end of its output."""
+
+
+def run_worker(module: str, options: Mapping[str, object], *, threads: int, limit_s: float) -> dict[str, Any]:
+    """The result of `python -m module --name value ...` in a process of its own with `threads` threads of computation.
+
+    Raises BenchError where it fails or takes longer than `limit_s` seconds; a UsageError of the process stays one.
+    """
+    # -P: the working folder is no place of packages. The package's own is, where it is used without being installed.
+    command = [sys.executable, "-P", "-m", module]
+    command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    paths = [environment.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    shown = shlex.join(["python", *command[2:]])
+    try:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
+    except subprocess.TimeoutExpired as expired:
+        output = "".join(part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (expired.stdout, expired.stderr))
+        raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{_tail(output)}") from None
+    if done.returncode:
+        raise _failure(shown, done)
+    return _result(shown, done)
+
+
+def _result(shown: str, done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    try:
+        result = json.loads((done.stdout.strip().splitlines() or [""])[-1])
+    except json.JSONDecodeError:
+        result = None
+    if not isinstance(result, dict):
+        raise BenchError(f"{shown} printed no result in its last line{_tail(done.stdout + done.stderr)}")
+    return result
+
+
+def _failure(shown: str, done: "subprocess.CompletedProcess[str]") -> DeepscaleError:
+    """The error of a process that ended badly: its own sentence where it has one."""
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode == UsageError.exit_code and last.startswith(SENTENCE):
+        return UsageError(last.removeprefix(SENTENCE))
+    how = f"ended with exit code {done.returncode}"
+    if done.returncode < 0:
+        how = f"was killed by {signal.Signals(-done.returncode).name}"
+        how += " (the memory may not suffice: type smaller sizes)" if done.returncode == -signal.SIGKILL else ""
+    return BenchError(f"{shown} {how}{_tail(done.stdout + done.stderr)}")
+
+
+def _tail(output: str) -> str:
+    lines = output.strip().splitlines()[-TAIL_LINES:]
+    return "; the end of its output:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; it printed nothing"

@@ -1,0 +1,35 @@
+"""The `deepscale` command: one subcommand per module, imported when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from deepscale import errors
+
+# Subcommand -> (module with `main(arguments)`, what it does).
+COMMANDS = {
+    "data": ("deepscale.data.command", "prepare and describe a data set"),
+    "prepare": ("deepscale.prepare", "leave data and DeepSpeed's ops ready for machines without internet or compiler"),
+    "plan": ("deepscale.plan_command", "what a run will take, before it runs"),
+    "bench": ("deepscale.bench", "measure start, step, memory and feed"),
+    "export": ("deepscale.export", "weights by the plain network's names, and back"),
+    "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
+}
+
+
+@errors.command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a subcommand."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        width = max(len(name) for name in COMMANDS)
+        print("usage: deepscale COMMAND [options]     (training: deepspeed deepscale/train.py --help)\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+        return
+    if given[0] not in COMMANDS:
+        raise errors.unknown_choice("the command", given[0], COMMANDS)
+    importlib.import_module(COMMANDS[given[0]][0]).main(given[1:])
+
+
+if __name__ == "__main__":
+    main()
