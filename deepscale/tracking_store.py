@@ -41,6 +41,7 @@ ENVIRONMENT = {
     # A training run reports to the store its user named, and to nobody else.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
