@@ -17,6 +17,7 @@ from deepscale import config, errors, memory, ops, tracking, world
 from deepscale.bench import networks
 from deepscale.bench.options import settings_of, whole
 from deepscale.engine import DeepSpeedEngine, hush
+from deepscale.plan import FAST_SEGMENT
 
 # What AdamW's constructor and deepspeed.initialize import: torch's compiler, which both merely decorate functions with.
 LATE = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
-    for name, default in (("segment", networks.SEGMENT), ("zero", 0), ("warm-up", 0), ("steps", 0)):
+    for name, default in (("segment", FAST_SEGMENT), ("zero", 0), ("warm-up", 0), ("steps", 0)):
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)

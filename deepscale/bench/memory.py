@@ -2,12 +2,12 @@
 
 import argparse
 
-from deepscale.bench.networks import CHANNELS, CLASSES, IMAGE_SIZE, SEGMENT, configuration
+from deepscale.bench.networks import CHANNELS, CLASSES, IMAGE_SIZE, configuration
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import GB, Goal, Row, ratio
 from deepscale.bench.worker import run_worker
 from deepscale.depth import blocks_for_depth, depth_of_blocks
-from deepscale.plan import Memory, memory_of
+from deepscale.plan import FAST_SEGMENT, Memory, memory_of
 
 GOAL_PEAK_GB = Goal(1.3)
 GOAL_KEPT = Goal(1 / 20)
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     options.depth("depth", 10_001, "layers")
     options.size("width", 8, "channels of stage 1")
     options.size("batch-size", 8, "images per step")
-    options.size("segment", SEGMENT, "blocks recomputed together")
+    options.size("segment", FAST_SEGMENT, "blocks recomputed together")
     options.size("zero", 2, "ZeRO stage", low=0)
     options.size("rounds", 1, "processes whose peak is measured")
     options.size("kept-batch-size", 2, "images of the pass whose kept activations are counted; the ratio does not depend on it")

@@ -12,18 +12,17 @@ from deepscale.engine import Engine
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt, default_stack_size
 from deepscale.models.reference import PlainConvNeXt
-from deepscale.plan import segment_of
+from deepscale.plan import FAST_SEGMENT, segment_of
 from deepscale.world import World
 
 IMAGE_SIZE = 32
 CHANNELS = 3
 CLASSES = 10
 SEED = 0
-SEGMENT = 4  # blocks recomputed together: what the planner takes where memory is not short
 
 
 def configuration(
-    *, depth: int, width: int, batch_size: int, segment: int = SEGMENT, engine: str = "deepspeed", zero: int = 0, threads: int = 1
+    *, depth: int, width: int, batch_size: int, segment: int = FAST_SEGMENT, engine: str = "deepspeed", zero: int = 0, threads: int = 1
 ) -> Config:
     """A configuration in which nothing is left to the planner: the published recipe in float32 on the CPU, at full resolution.
 

@@ -6,12 +6,13 @@ import os
 import torch
 
 from deepscale.bench.deep import timed
-from deepscale.bench.networks import SEGMENT, Training, build, configuration, random_batch
+from deepscale.bench.networks import Training, build, configuration, random_batch
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Goal, Report, Row, ratio
 from deepscale.bench.worker import run_worker
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.engine import TorchEngine
+from deepscale.plan import FAST_SEGMENT
 from deepscale.world import World
 
 GOAL_FASTER = Goal(1.3, at_least=True)
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     options.size("deep-batch-size", 8, "its images per step")
     options.size("deep-steps", 5, "its measured steps")
     options.size("deep-threads", 1, "its threads")
-    options.size("segment", SEGMENT, "blocks recomputed together, in both parts")
+    options.size("segment", FAST_SEGMENT, "blocks recomputed together, in both parts")
     options.parser.add_argument("--part", choices=("both", "compare", "deep"), default="both", help="what to measure (default: both)")
     options.time_limit()
     values, report = options.parse(arguments)

@@ -1,0 +1,295 @@
+"""Benches: the arithmetic of their tables, processes that fail, and each of them once at tiny sizes."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deepscale.bench import data, deep, main, networks, start, step, worker
+from deepscale.bench.kept import kept_bytes
+from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
+from deepscale.data import beton
+from deepscale.errors import MissingPackageError, UsageError
+from deepscale.models.convnext import split_evenly
+
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Rows]:
+    """`bench("start", "--depth", "26")` runs a bench in this process; its rows of the JSON file, by what they are of."""
+
+    def run(*arguments: str) -> Rows:
+        file = tmp_path / "numbers.json"
+        main([*arguments, "--json", str(file)])
+        return {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """The machine is twice as slow in the second round: the ratio of each round does not see it, that of the medians would."""
+    row = ratio("plain / stacked", [1.5, 3.0, 1.8], [1.0, 2.0, 1.0], Goal(1.3, at_least=True))
+    assert row.values == pytest.approx((1.5, 1.5, 1.8))
+    assert row.median == 1.5
+    assert row.cells()[1:] == ["x", "1.5", "1.5", "1.8", "3", "at least 1.3", "1.15", "yes"]
+
+
+@pytest.mark.parametrize(("goal", "value", "reached"), [(Goal(5), 5, True), (Goal(5), 5.01, False), (Goal(10, at_least=True), 9.9, False)])
+def test_a_goal_is_a_limit_on_the_median(goal: Goal, value: float, reached: bool) -> None:
+    row = Row("step", "s", (0.0, value, 100.0), goal)
+    assert goal.reached(row.median) is reached
+    assert row.as_json()["reached"] is reached
+    assert row.as_json()["of_goal"] == pytest.approx(value / goal.limit)
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [number(value) for value in (0.012345, 1.2345, 123.45, 30013.0)] == ["0.0123", "1.23", "123", "30,013"]
+
+
+def test_the_table_says_how_it_was_measured_and_which_sizes_are_not_the_goals() -> None:
+    report = Report("start", ["--depth", "26"], {"depth": 26, "width": 8}, {"depth": 10_001, "width": 8}, {"CPU": "made up"})
+    report.rows = [Row("initialize", "CPU s", (2.0,), Goal(5))]
+    text = report.text()
+    assert "| initialize | CPU s |      2 |" in text
+    assert "command: deepscale bench start --depth 26" in text
+    assert "not as the goals ask (in brackets): depth 26 (10001)" in text and "width 8 (8)" not in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text and "made up" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "start, step, memory, data"),
+        (["speed"], "'speed' is not known; possible: start, step, memory, data"),
+        (["start", "--depth", "3"], "depth"),
+        (["start", "--rounds", "0"], "'0' is not a whole number from 1"),
+        (["step", "--part", "none"], "invalid choice"),
+        (["memory", "--time-limit", "soon"], "not a duration"),
+        (["data", "--images", "100"], "--images 100 is less than 3 batches"),
+        (["step", "--json", "no/such/folder/file.json"], "cannot be written"),
+        (["step", "--json", "."], "it is a folder"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        main(arguments)
+
+
+def test_help_lists_the_benches(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "memory" in capsys.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "numbers.json").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_json(tmp_path / "numbers.json", {"n": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+# ------------------------------------------------------------------------------------------------------ failing processes
+
+PROGRAMS = {
+    "works": """
+import json, os, sys
+print("chatter")
+print(json.dumps({"arguments": sys.argv[1:], "threads": os.environ["OMP_NUM_THREADS"], "rank": os.environ.get("RANK")}))
+""",
+    "breaks": "print('on the way'); raise RuntimeError('the last straw')",
+    "refuses": "import sys; sys.exit(print('deepscale: this needs the package x', file=sys.stderr) or 2)",
+    "mumbles": "print('no JSON')",
+    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "sleeps": "import time; print('still here', flush=True); time.sleep(60)",
+}
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs one of PROGRAMS as a measuring process."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+
+    def run(name: str, limit_s: float = 30.0) -> dict[str, Any]:
+        (tmp_path / f"bench_{name}.py").write_text(PROGRAMS[name])
+        return worker.run_worker(f"bench_{name}", {"batch_size": 8}, threads=2, limit_s=limit_s)
+
+    return run
+
+
+def test_a_process_gets_its_options_and_is_alone(program: Callable[..., dict[str, Any]]) -> None:
+    assert program("works") == {"arguments": ["--batch-size", "8"], "threads": "2", "rank": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "parts"),
+    [
+        (
+            "breaks",
+            worker.BenchError,
+            ["python -m bench_breaks --batch-size 8 ended with exit code 1", "  on the way", "RuntimeError: the last straw"],
+        ),
+        ("refuses", UsageError, ["this needs the package x"]),
+        ("mumbles", worker.BenchError, ["printed no result in its last line", "  no JSON"]),
+        ("killed", worker.BenchError, ["was killed by SIGKILL", "type smaller sizes", "it printed nothing"]),
+        ("sleeps", worker.BenchError, ["did not end within 1 s; type a longer --time-limit", "still here"]),
+    ],
+)
+def test_a_failing_process_gives_a_sentence(program: Callable[..., dict[str, Any]], name: str, error: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(error) as raised:
+        program(name, limit_s=1.0 if name == "sleeps" else 30.0)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- the benches
+
+
+def test_start_compares_deep_and_shallow(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From given timings: 10,001 layers take 2 s of their own in the first round and 3 in the second, the others 0.5."""
+    asked: list[int] = []
+
+    def run(module: str, options: Mapping[str, Any], *, threads: int, limit_s: float) -> dict[str, Any]:
+        asked.append(options["depth"])
+        deep_one = options["depth"] == 10_001
+        return {"tensors": 551 if deep_one else 65, "late_cpu_s": 1.5, "start_cpu_s": (1.0 + (len(asked) + 2) // 3) if deep_one else 0.5}
+
+    monkeypatch.setattr(start, "run_worker", run)
+    rows = bench("start", "--rounds", "2", "--reference-depth", "110")
+    assert asked == [10_001, 26, 110] * 2
+    assert rows["initialize, 10,001 layers in stacks (551 tensors)"]["values"] == [3.5, 4.5]
+    assert rows["10,001 layers / 26 layers"]["values"] == [1.75, 2.25]
+    assert rows["10,001 layers / 26 layers"]["reached"] is True
+    assert rows["10,001 layers in stacks, without what initialize imports"]["values"] == [2.0, 3.0]
+    assert "initialize, 110 layers as separate modules (65 tensors)" in rows
+
+
+def test_step_measures_one_network_three_ways(bench: Callable[..., Rows], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench(
+        "step", "--part", "compare", "--depth", "26", "--width", "4", "--batch-size", "2", "--rounds", "2", "--warm-up", "1", "--threads", "1"
+    )
+    plain, stacked, recomputed = (rows[f"step, {name}: 26 layers, width 4, batch 2"]["values"] for name in ("plain", "stacked", "recomputed"))
+    assert rows["plain / stacked: how much faster stacked is"]["values"] == pytest.approx([a / b for a, b in zip(plain, stacked, strict=True)])
+    assert rows["recomputed / stacked: what recomputation costs"]["values"] == pytest.approx(
+        [a / b for a, b in zip(recomputed, stacked, strict=True)]
+    )
+    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss of the last step"))
+    losses = [float(part.split()[-1]) for part in note.partition(": ")[2].split(",")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_step_of_the_deep_network_comes_from_a_fresh_process(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(module: str, options: Mapping[str, Any], *, threads: int, limit_s: float) -> dict[str, Any]:
+        asked.update(options, limit_s=limit_s)
+        return {"step_cpu_s": [4.0, 5.5, 4.5], "step_wall_s": [4.1, 5.6, 4.6]}
+
+    monkeypatch.setattr(step, "run_worker", run)
+    rows = bench("step", "--part", "deep", "--deep-steps", "3", "--time-limit", "2m")
+    assert (asked["depth"], asked["width"], asked["batch_size"], asked["zero"], asked["threads"], asked["steps"]) == (10_001, 8, 8, 2, 1, 3)
+    assert asked["limit_s"] == 120
+    row = rows["step, 10,001 layers, width 8, batch 8, recomputed, ZeRO 2"]
+    assert (row["median"], row["reached"], row["of_goal"]) == (4.5, True, 0.9)
+
+
+def test_memory_measures_fresh_processes(bench: Callable[..., Rows]) -> None:
+    """Both programs for real, through DeepSpeed."""
+    rows = bench("memory", "--depth", "26", "--batch-size", "2", "--kept-batch-size", "1")
+    peak = rows["peak over the start, 26 layers, batch 2, ZeRO 2"]["median"]
+    inner = rows["the same without what initialize imports"]["median"]
+    assert 0.001 < inner < peak < 1.0
+    kept, everything = (rows[f"kept by the forward pass, {how}, batch 1"]["median"] for how in ("recomputed", "nothing recomputed"))
+    assert 0 < kept < everything
+    assert rows["kept recomputed / kept without"]["median"] == pytest.approx(kept / everything)
+
+
+def test_deep_is_given_only_numbers_it_understands() -> None:
+    with pytest.raises(SystemExit) as ended:
+        deep.main(["--depth", "many"])
+    assert ended.value.code == 2
+
+
+def test_data_counts_every_image_of_each_feed(bench: Callable[..., Rows]) -> None:
+    rows = bench("data", "--feed", "tensors", "--images", "300", "--batch-size", "50", "--rounds", "2")
+    pil, own = (rows[name]["values"] for name in ("torchvision, PIL and DataLoader", "deepscale, tensors in memory"))
+    assert rows["torchvision / tensors"]["values"] == pytest.approx([a / b for a, b in zip(pil, own, strict=True)])
+    assert min(pil) > 10  # no PIL image is cropped, flipped and normalised within 10 microseconds
+
+
+def test_data_feeds_give_the_same_kind_of_batch() -> None:
+    source = data._source(100)
+    feeds = [data.PilFeed(source, 50), data.TrainFeed(source.train, source.info, micro_batch=50, seed=0, device=data.CPU)]
+    (ours, ours_labels), (theirs, theirs_labels) = (next(iter(feed.epoch(0))) for feed in feeds)
+    assert ours.shape == theirs.shape == (50, 3, 32, 32) and ours.dtype == theirs.dtype
+    assert ours_labels.shape == theirs_labels.shape and ours_labels.dtype == theirs_labels.dtype
+    torch.testing.assert_close(ours.mean((0, 2, 3)), theirs.mean((0, 2, 3)), atol=0.1, rtol=0)
+    torch.testing.assert_close(ours.std((0, 2, 3)), theirs.std((0, 2, 3)), atol=0.1, rtol=0)
+    assert [data._read(feed, 1) for feed in feeds] == [100, 100]
+
+
+def test_data_without_ffcv_measures_the_rest_and_says_so(
+    bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise beton.FeedUnavailable("FFCV is not installed")
+
+    monkeypatch.setattr(beton, "open_train_feed", refuse)
+    sizes = ("--images", "60", "--batch-size", "20", "--rounds", "1")
+    assert "torchvision / tensors" in bench("data", *sizes)
+    assert "FFCV is not measured: FFCV is not installed" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--feed ffcv cannot be measured: FFCV is not installed"):
+        bench("data", "--feed", "ffcv", *sizes)
+
+
+@pytest.mark.parametrize("package", ["torchvision", "PIL"])
+def test_data_without_a_package_names_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match="deepscale bench data needs the package"):
+        main(["data", "--images", "60", "--batch-size", "20"])
+
+
+# ---------------------------------------------------------------------------------------------------- counted activations
+
+
+class Grown(nn.Module):
+    """Makes three tensors of the size of x: of the product and the sum nothing is needed later, of the exponential its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.factor + 1).exp()
+
+
+def test_kept_bytes_are_those_of_tensors_that_live_on() -> None:
+    """Of three tensors of 4,000 bytes one; the batch and the parameter, which live on too, do not count."""
+    assert kept_bytes(Grown(), torch.ones(1000)) == 4000
+
+
+def test_recomputation_keeps_an_input_per_segment() -> None:
+    """Segments of two blocks instead of one: the inputs of every second block of a stack, B * C * H * W floats, are gone."""
+    images, _ = networks.random_batch(2)
+
+    def kept(segment: int) -> int:
+        return kept_bytes(networks.build(networks.configuration(depth=110, width=8, batch_size=2, segment=segment)), images)
+
+    settings = networks.configuration(depth=110, width=8, batch_size=2)
+    fewer = 0
+    for stage, blocks in enumerate(settings.model.stage_blocks):
+        stacks = split_evenly(blocks, int(settings.engine.stack_size))
+        fewer += sum(n // 2 for n in stacks) * 2 * (8 * 2**stage) * (32 // 2**stage) ** 2 * 4
+    assert kept(1) - kept(2) == fewer > 0
+    assert kept(0) > 5 * kept(1)
