@@ -89,6 +89,30 @@ class TorchEngine:
         self.optimizer.zero_grad()
 
 
+class LossScale:
+    """fp16's loss scale under ZeRO 1-3, by the rule of torch's GradScaler.
+
+    DeepSpeed 0.19.8's own GradScaler there clips the gradients while they are still scaled, steps each parameter group and each
+    rank's part for itself, so that some skip a step and others do not, and never lowers the scale once the clipped norm overflowed.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.value, self.steps = optimizer, 2.0**16, 0
+        optimizer.torch_autocast_gradscaler = None
+        optimizer.override_loss_scale(self.value)
+
+    def update(self) -> None:
+        """After a step: half the scale if the gradients overflowed, which skipped the step; twice after 2,000 that did not."""
+        self.steps = 0 if self.optimizer.overflow else self.steps + 1
+        if self.optimizer.overflow:
+            self.value /= 2
+        elif self.steps == self.GROWTH_STEPS:
+            self.value, self.steps = self.value * 2, 0
+        self.optimizer.override_loss_scale(self.value)
+
+
 class DeepSpeedEngine:
     """DeepSpeed's engine with a resolved configuration (engine_config.py)."""
 
@@ -103,8 +127,9 @@ class DeepSpeedEngine:
         with quiet(config.engine.verbose):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.settings)
         self.module = module
-        scaler = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
-        self.scaler = scaler or self.engine.torch_autocast_z0_gradscaler
+        self.z0_scaler = self.engine.torch_autocast_z0_gradscaler
+        own = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
+        self.loss_scale = LossScale(self.engine.optimizer) if own is not None else None
 
     def forward(self, images: Tensor, last: bool = True) -> Tensor:
         logits: Tensor = self.engine(images)
@@ -119,12 +144,16 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad
 
         gradient: Tensor | None = safe_get_full_grad(parameter)
-        if gradient is not None and self.scaler is not None:
-            gradient = gradient / self.scaler.get_scale()
-        return gradient
+        if gradient is None:
+            return None
+        if self.loss_scale is not None:
+            return gradient / self.loss_scale.value
+        return gradient if self.z0_scaler is None else gradient / self.z0_scaler.get_scale()
 
     def step(self) -> None:
         self.engine.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update()
 
 
 def build_engine(module: nn.Module, config: Config, world: World, cpu_adam: bool = False) -> Engine:
