@@ -40,6 +40,8 @@ class Result:
     steps: int = 0
     planned_steps: int = 0
     first_loss: float = math.nan
+    first_gradient: float = math.nan
+    gradient: float = math.nan
     loss: float = math.nan
     step_s: float = math.nan
     images_per_s: float = math.nan
@@ -218,7 +220,9 @@ class Fit:
         self.step_times.append(took)
         images = int(run.config.data.batch_size)
         result.steps, result.loss = self.step, metrics["train/loss"]
-        result.first_loss = result.loss if self.step == 1 else result.first_loss
+        result.gradient = metrics.get("grad/first_layer_mean_abs", result.gradient)
+        if self.step == 1:
+            result.first_loss, result.first_gradient = result.loss, result.gradient
         steady = self.step_times[1:] or self.step_times
         result.step_s = sum(steady) / len(steady)
         result.images_per_s = images / result.step_s

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from deepscale import checkpoints, config, errors, loop, memory, ops, plan, progress, tracking, world
 from deepscale.config import Config
-from deepscale.data import open_feeds
+from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import build_engine, hush
@@ -29,79 +29,97 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = config.parse(arguments)
     hush(settings.engine.verbose)
     checkpoints.check_writable(settings.tracking.checkpoint_dir)
-    if settings.tracking.tracking:
-        tracking.preload()
     place = world.join(settings.engine)
+    if settings.tracking.tracking and place.is_main:
+        tracking.preload()
     try:
-        train(settings, place)
+        with progress.Progress(0, enabled=place.is_main) as screen:
+            prepared = prepare(settings, place, screen)
+            rows, view = train(prepared, screen)
+        if place.is_main:
+            progress.show_summary(rows | ({"show": view} if view else {}), "summary")
     finally:
         world.leave()
 
 
-def train(asked: Config, place: world.World) -> loop.Result:
-    """One run: data, plan, model, engine, steps, summary. Raises what stops it, after closing the tracker."""
-    with ExitStack() as stack:
-        screen = stack.enter_context(progress.Progress(0, enabled=place.is_main))
-        source = load_source(asked.data, screen.say)
-        info = source.info
-        cpu_adam = _prepare_ops(asked, screen)
-        machine = plan.measure_machine(place)
-        planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
-        settings = planned.config
-        screen.say(f"asked for {asked.model.depth:,} layers of {info.label}, seed {settings.recipe.seed}")
-        for note in planned.notes:
-            screen.say(note)
-        feeds = open_feeds(
-            source,
-            settings.data,
-            micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
-            eval_batch=EVALUATION_BATCH,
-            seed=settings.recipe.seed,
-            rank=place.rank,
-            world_size=place.size,
-            device=place.device,
-            workers=int(settings.data.workers),
-            say=screen.say,
-        )
-        screen.say(f"images fed by {feeds.name}" + (f" ({feeds.why})" if feeds.why else ""))
-        base = memory.reset_peak(place.device)
-        model = build_model(settings, info, place)
-        engine = build_engine(model, settings, place, cpu_adam)
-        tracker = tracking.open_tracker(
-            settings.tracking,
-            run_name=settings.tracking.run_name or run_name(asked, settings),
-            parameters=described(asked, settings, planned, feeds.name, place),
-            tags={"dataset": info.name, "feed": feeds.name, "engine": engine.name},
-            dataset=info,
-            rank=place.rank,
-            warn=screen.warn,
-        )
-        tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
-        status = "FAILED"
-        try:
-            result = loop.Fit(loop.Run(settings, place, model, engine, feeds, tracker, screen))()
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its network exists: what was asked, the plan, and the images."""
+
+    asked: Config
+    plan: plan.Plan
+    place: world.World
+    feeds: Feeds
+    cpu_adam: bool
+
+
+def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Prepared:
+    """Images, ops and plan, said on screen. Raises UsageError for what is not possible."""
+    source = load_source(asked.data, screen.say)
+    info = source.info
+    cpu_adam = _prepare_ops(asked, screen)
+    machine = plan.measure_machine(place)
+    planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
+    settings = planned.config
+    screen.say(f"asked for {asked.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
+    for note in planned.notes:
+        screen.say(note)
+    feeds = open_feeds(
+        source,
+        settings.data,
+        micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
+        eval_batch=EVALUATION_BATCH,
+        seed=settings.recipe.seed,
+        rank=place.rank,
+        world_size=place.size,
+        device=place.device,
+        workers=int(settings.data.workers),
+        say=screen.say,
+    )
+    screen.say(f"images fed by {feeds.name}" + (f" ({feeds.why})" if feeds.why else ""))
+    return Prepared(asked, planned, place, feeds, cpu_adam)
+
+
+def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str]:
+    """Model, engine, steps, summary: (the summary's rows, the command that shows the run). Closes the tracker whatever happens."""
+    settings, place, info = run.plan.config, run.place, run.feeds.info
+    base = memory.reset_peak(place.device)
+    model = build_model(settings, info, place)
+    engine = build_engine(model, settings, place, run.cpu_adam)
+    tracker = tracking.open_tracker(
+        settings.tracking,
+        run_name=settings.tracking.run_name or run_name(run.asked, settings),
+        parameters=described(run.asked, settings, run.plan, run.feeds.name, place),
+        tags={"dataset": info.name, "feed": run.feeds.name, "engine": engine.name},
+        dataset=info,
+        rank=place.rank,
+        warn=screen.warn,
+    )
+    tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
+    status = "FAILED"
+    try:
+        result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen))()
+        if settings.tracking.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
-            if place.is_main and settings.tracking.checkpoint_dir:
+            if place.is_main:
                 checkpoints.save(Path(settings.tracking.checkpoint_dir), state, settings, info)
-            screen.close()
-            rows = summary(settings, planned, info, result, memory.peak_bytes(place.device), base)
-            tracker.log({"perf/peak_memory_bytes": memory.peak_bytes(place.device), "perf/seconds": result.seconds}, result.steps)
-            tracker.text("summary.json", json.dumps(rows, indent=2))
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.finish(status)
-        if place.is_main:
-            progress.show_summary(rows | ({"show": tracker.view_command()} if tracker.view_command() else {}), "summary")
-        return result
+        peak = memory.peak_bytes(place.device)
+        rows = summary(settings, run.plan, info, result, peak, base)
+        tracker.log({"perf/peak_memory_bytes": peak, "perf/seconds": result.seconds}, result.steps)
+        tracker.text("summary.json", json.dumps(rows, indent=2))
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    return rows, tracker.view_command()
 
 
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
     """The planned network with its initial values, on the run's device."""
-    segment = plan.segment_of(settings)
-    model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size), segment=segment)
+    grouping = {"stack_size": int(settings.engine.stack_size), "segment": plan.segment_of(settings)}
+    model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, **grouping)
     return model.initialise(settings.recipe.seed).to(place.device)
 
 
@@ -151,6 +169,7 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "loss": f"{result.first_loss:.4f} -> {result.loss:.4f}",
         "validation": f"{result.validation['accuracy']:.2%} of {result.validation['images']:,.0f} images, loss {result.validation['loss']:.4f}",
         "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
+        "first layer": f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
         "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start; planned {progress.gib(planned.memory.total)}",
     }
 
