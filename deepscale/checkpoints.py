@@ -6,9 +6,10 @@ A file is written under a temporary name and renamed, so a reader never sees hal
 import dataclasses
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from deepscale import config
@@ -54,7 +55,7 @@ def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
 def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
     """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
     network = {
-        "model": dataclasses.asdict(settings.model),
+        "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks},
         "stack_size": settings.engine.stack_size,
         "classes": info.classes,
         "channels": info.channels,
@@ -65,26 +66,28 @@ def save(folder: Path, state: dict[str, Tensor], settings: Config, info: Dataset
 
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, complete or not at all. Raises UsageError where it cannot be written."""
-    save_file = _safetensors("save_file")
+    """A safetensors file, complete or not at all; makes its folder. Raises UsageError where it cannot be written."""
+    safetensors = _safetensors()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}); type another folder") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); type another path") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that `save` or `deepscale export` wrote. Raises UsageError."""
-    safe_open = _safetensors("safe_open")
+    safetensors = _safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-    except (OSError, Exception) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} is no readable safetensors file ({error}); give one that --checkpoint-dir or deepscale export wrote") from None
     if "deepscale" not in metadata:
         raise UsageError(f"{path} was not written by deepscale: it does not say which network it belongs to")
@@ -92,30 +95,36 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def network_of(metadata: dict[str, str]) -> ConvNeXt:
-    """The network a file belongs to, without values yet."""
-    described = json.loads(metadata["deepscale"])
-    fields = described["model"] | {"blocks": tuple(described["model"]["blocks"])}
-    return ConvNeXt(config.ModelConfig(**fields), classes=described["classes"], channels=described["channels"], stack_size=described["stack_size"])
+    """The network a file belongs to, without values yet. Raises UsageError where its description cannot be read."""
+    try:
+        described = json.loads(metadata["deepscale"])
+        fields = described["model"] | {"blocks": tuple(described["model"]["blocks"])}
+        model = config.ModelConfig(**fields)
+        return ConvNeXt(model, classes=described["classes"], channels=described["channels"], stack_size=described["stack_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the description of the file's network cannot be read ({error!r}): export it with the version that wrote it") from None
 
 
 def convert(source: Path, target: Path, stacked: bool) -> int:
     """Writes `source` with the plain network's names, or, with `stacked`, with ours; returns the number of tensors."""
     state, metadata = read(source)
     model = network_of(metadata)
-    if metadata["layout"] == "stacked":
-        model.load_state_dict(state)
+    if metadata.get("layout") == "stacked":
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UsageError(f"{source} does not hold the tensors of the network it describes: {' '.join(str(error).split())[:300]}") from None
     else:
         load_plain(model, state)
     out = dict(model.state_dict()) if stacked else to_plain(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write(target, {name: value.clone() for name, value in out.items()}, metadata | {"layout": "stacked" if stacked else "plain"})
     return len(out)
 
 
-def _safetensors(name: str) -> "torch.Any":  # type: ignore[name-defined]
+def _safetensors() -> ModuleType:
     try:
         import safetensors
         import safetensors.torch
     except ImportError:
         raise MissingPackageError("safetensors", None, "saving weights") from None
-    return getattr(safetensors.torch, name, None) or getattr(safetensors, name)
+    return safetensors

@@ -58,9 +58,10 @@ def load_plain(model: ConvNeXt, state: Mapping[str, Tensor]) -> None:
     for kind, names in (("missing", places.keys() - state.keys()), ("not part of this network", state.keys() - places.keys())):
         if names:
             raise UsageError(f"{len(names)} tensors are {kind}, among them {min(names)}; check --depth, --norm and --layerscale-init")
+    for name, shape in plain_shapes(model).items():
+        if state[name].shape != shape:
+            raise UsageError(f"{name} has shape {tuple(state[name].shape)}, this network needs {tuple(shape)}; check --width and --kernel-size")
     own = model.state_dict()
     for name, (place, index) in places.items():
         target = own[place] if index is None else own[place][index]
-        if target.numel() != state[name].numel():
-            raise UsageError(f"{name} has shape {tuple(state[name].shape)}, this network needs {tuple(target.shape)}; check --width")
         target.copy_(state[name].reshape(target.shape))
