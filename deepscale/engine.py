@@ -182,3 +182,7 @@ def hush(verbose: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=r"(deepspeed|torch)\b.*")
+            # Attributed to our lines: a schedule that catches up on calibration steps or on a step that fp16 skipped, and DDP's new name
+            # for an argument that torch 2.11 only knows by the old one.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -4,11 +4,9 @@ Memory is counted in bytes from the shapes; time is measured: one block of each 
 machine, times the blocks of the stage. Legend: M = B * H * W rows of a stage, C its channels.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,6 +14,7 @@ from deepscale.config import AUTO, Config, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
+from deepscale.machine import Machine
 from deepscale.models.convnext import block_spec, count_parameters, default_stack_size, smallest_segment
 from deepscale.models.stack import BlockStack
 from deepscale.world import World
@@ -31,17 +30,6 @@ FITS = 0.9  # of the memory that is free
 # No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
 CORE_FLOPS = 150e9
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is free here, per rank: device memory and host memory in bytes, and what the device can do."""
-
-    device: str
-    device_bytes: int
-    host_bytes: int
-    bf16: bool
-    ranks: int
 
 
 @dataclass(frozen=True)
@@ -73,27 +61,6 @@ class Plan:
     memory: Memory
     step_s: float | None
     notes: tuple[str, ...]
-
-
-def measure_machine(world: World) -> Machine:
-    """Free memory now, shared out over the ranks of this machine."""
-    host = _host_bytes() // world.local_size
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        return Machine("cuda", free, host, torch.cuda.is_bf16_supported(including_emulation=False), world.size)
-    return Machine("cpu", host, host, False, world.size)
-
-
-def _host_bytes() -> int:
-    """Host memory that is free: the system's, or what the control group still allows."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with_cache = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
-    if with_cache:
-        available = int(with_cache[0].split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def memory_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Memory:

@@ -6,6 +6,7 @@ import torch
 
 from deepscale import config, plan, world
 from deepscale.config import GROUPS
+from deepscale.machine import measure_machine
 from deepscale.progress import gib
 
 
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     asked = config.from_namespace(given)
     place = world.World(0, 1, 0, 1, torch.device(world.choose_device(asked.engine)))
-    planned = plan.resolve(asked, place, plan.measure_machine(place), channels=3, image_size=32, classes=given.classes)
+    planned = plan.resolve(asked, place, measure_machine(place), channels=3, image_size=32, classes=given.classes)
     memory = planned.memory
     if given.json:
         numbers = {"parameters": memory.parameters, "device_bytes": memory.device, "host_bytes": memory.states_host, "step_s": planned.step_s}

@@ -87,12 +87,13 @@ class Progress:
         """Shows the state after `step` steps (1..total_steps). accuracy is a share of 1, None where it is not known."""
         if not self._enabled:
             return
-        line = f"step {count(step)}/{count(self.total_steps)}  {describe(loss, accuracy, images_per_s, remaining_s)}"
+        of = f"/{count(self.total_steps)}" if self.total_steps else ""  # not known yet while a time budget is measured out
+        line = f"step {count(step)}{of}  {describe(loss, accuracy, images_per_s, remaining_s)}"
         with self._lock:
             self._pending = line
             if self._live is not None:
                 bar, task = self._live
-                bar.update(task, completed=step, description=line)
+                bar.update(task, completed=step, total=self.total_steps or None, description=line)
                 return
             now = time.monotonic()
             if self._last_shown_s is None or now - self._last_shown_s >= self.interval_s or step >= self.total_steps:
@@ -172,6 +173,6 @@ def _live_line(stream: TextIO, total_steps: int) -> tuple[Any, Any] | None:
     if console.width >= 90:
         columns.insert(0, BarColumn(bar_width=20))
     bar = Bar(*columns, console=console, transient=True, refresh_per_second=4)
-    task = bar.add_task("waiting for the first step", total=total_steps)
+    task = bar.add_task("waiting for the first step", total=total_steps or None)
     bar.start()
     return bar, task

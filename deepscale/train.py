@@ -17,7 +17,9 @@ from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import build_engine, hush
+from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt
+from deepscale.models.initial import seed_of
 
 EVALUATION_BATCH = 256  # images per rank; without gradients a batch keeps nothing
 
@@ -58,7 +60,7 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Pre
     source = load_source(asked.data, screen.say)
     info = source.info
     cpu_adam = _prepare_ops(asked, screen)
-    machine = plan.measure_machine(place)
+    machine = measure_machine(place)
     planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
     screen.say(f"asked for {asked.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
@@ -120,6 +122,7 @@ def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Conv
     """The planned network with its initial values, on the run's device."""
     grouping = {"stack_size": int(settings.engine.stack_size), "segment": plan.segment_of(settings)}
     model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, **grouping)
+    torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth
     return model.initialise(settings.recipe.seed).to(place.device)
 
 

@@ -82,10 +82,21 @@ def join(engine: EngineConfig) -> World:
         except ImportError:
             raise MissingPackageError("deepspeed", None, "--engine deepspeed (or type --engine torch)") from None
         ops.skip_shm_comm()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
+        except dist.DistNetworkError as error:
+            raise _unreachable(error) from None
     elif size > 1 and not dist.is_initialized():
         dist.init_process_group(backend)
     return World(rank, size, local_rank, local_size, device)
+
+
+def _unreachable(error: Exception) -> UsageError:
+    """The sentence for ranks that do not find each other, most often because another run holds the launcher's port 29500."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in str(error):
+        return UsageError(f"port {port} is in use, perhaps by another run; type deepspeed --master_port {free_port()} before deepscale/train.py")
+    return UsageError(f"the ranks do not find each other at {address}:{port} ({str(error).splitlines()[0]}); check MASTER_ADDR and MASTER_PORT")
 
 
 def leave() -> None:
