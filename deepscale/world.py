@@ -82,12 +82,13 @@ def join(engine: EngineConfig) -> World:
         except ImportError:
             raise MissingPackageError("deepspeed", None, "--engine deepspeed (or type --engine torch)") from None
         ops.skip_shm_comm()
-        try:
+    try:
+        if engine.engine == "deepspeed":
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
-        except dist.DistNetworkError as error:
-            raise _unreachable(error) from None
-    elif size > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
+        elif size > 1 and not dist.is_initialized():
+            dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        raise _unreachable(error) from None
     return World(rank, size, local_rank, local_size, device)
 
 
