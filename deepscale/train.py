@@ -27,7 +27,8 @@ EVALUATION_BATCH = 256  # images per rank; without gradients a batch keeps nothi
 @errors.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains as the command line says."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _as_interrupt)
     settings = config.parse(arguments)
     hush(settings.engine.verbose)
     checkpoints.check_writable(settings.tracking.checkpoint_dir)
@@ -178,6 +179,9 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    # The launcher answers a Ctrl-C with SIGTERM, which would break into the closing of the run; a second Ctrl-C still may.
+    # No SIG_IGN: Python complains where both signals are already there.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     raise KeyboardInterrupt
 
 
