@@ -4,9 +4,15 @@ Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite 
 """
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
+
+# Most often all ranks find the same fault: rank 0 says it, and the launcher ends the others before they do.
+RANK_0_FIRST_S = 10.0
 
 
 class DeepscaleError(Exception):
@@ -40,6 +46,10 @@ def unknown_choice(what: str, given: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"{what} {given!r} is not known; possible: {', '.join(known)}")
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a command's entry point: known errors become one sentence and their exit code."""
 
@@ -48,10 +58,14 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*arguments)
         except DeepscaleError as error:
-            print(f"deepscale: {error}", file=sys.stderr, flush=True)
+            with suppress(KeyboardInterrupt):
+                if _rank():
+                    time.sleep(RANK_0_FIRST_S)
+                print(f"deepscale: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("deepscale: interrupted", file=sys.stderr, flush=True)
+            if not _rank():
+                print("deepscale: interrupted", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
 
     return guarded
