@@ -118,6 +118,11 @@ def _mean_over_ranks(sums: Tensor, rows: int, sync: bool) -> Tensor:
     return total[:-1].view_as(sums) / total[-1]
 
 
+def batch_rows(rows: int, sync: bool) -> int:
+    """Rows that batch statistics were taken over: this rank's, or, with `sync`, those of all ranks, whose batches are equally large."""
+    return rows * dist.get_world_size() if sync and dist.is_initialized() else rows
+
+
 def batch_moments(y: Tensor, sync: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel over the batch, y (M, C) -> (C,), (C,); of all ranks' batch with `sync`."""
     mean = _mean_over_ranks(y.sum(0, keepdim=True), y.shape[0], sync)[0]
@@ -253,7 +258,7 @@ class ChannelNorm(nn.Module):
         mean, variance = self.statistics.running_mean, self.statistics.running_var
         if self.training:
             mean, variance = self._moments(rows)
-            self.statistics.add(mean.detach(), variance.detach(), rows.shape[0])
+            self.statistics.add(mean.detach(), variance.detach(), batch_rows(rows.shape[0], self.sync))
         standard = (x - mean.to(x.dtype)) * (variance.to(x.dtype) + self.eps).rsqrt()
         return standard * self.weight + self.bias
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, RunningStatistics, Standardise, batch_moments
+from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, RunningStatistics, Standardise, batch_moments, batch_rows
 
 aten = torch.ops.aten
 
@@ -223,7 +223,7 @@ class _StackFunction(torch.autograd.Function):
                 if segment == 0:
                     kept.append(saved)
         if moments is not None and stack.training:
-            stack.statistics.add(moments[0], moments[1], first.numel() // spec.channels)
+            stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
         ctx.save_for_backward(first, *parameters)
         ctx.spec, ctx.kept, ctx.inputs, ctx.segment = spec, kept, inputs, segment
         ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
