@@ -6,12 +6,13 @@ resolved by the planner before anything is built; `None` means absent and 0.0 me
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deepscale.depth import blocks_for_depth, depth_of_blocks
-from deepscale.errors import UsageError
+from deepscale.errors import UsageError, unknown_choice
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -112,6 +113,7 @@ def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"{text!r} is not known; possible: {', '.join(known)}")
         return text
 
+    parse.known = known  # type: ignore[attr-defined]
     return parse
 
 
@@ -131,8 +133,18 @@ SKIP_NAMES = ("identity", "none")
 DATASET_NAMES = ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic")
 
 
+class _Checked:
+    """Settings given in code know their names as well as typed ones do."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            known, value = getattr(f.metadata.get("parse"), "known", None), getattr(self, f.name)
+            if known and value not in known:
+                raise unknown_choice(f"--{f.name.replace('_', '-')}", str(value), known)
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The network. B batch, C channels of a stage, N blocks of a stage."""
 
     depth: int = _option(26, "layers: stem + 3 per block + head, rounded up to the next reachable depth", parse_depth)
@@ -154,6 +166,7 @@ class ModelConfig:
     sync_batchnorm: bool = _switch(False, "share BatchNorm's batch statistics over ranks")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kernel_size % 2 == 0:
             raise UsageError(f"--kernel-size {self.kernel_size} is even; an odd side keeps the resolution: type 3, 5 or 7")
         if self.skip == "none" and self.gamma_init == 0.0:
@@ -181,7 +194,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """The images."""
 
     dataset: str = _option(AUTO, f"data set: {', '.join(DATASET_NAMES)}; auto: CIFAR-10, or synthetic where it cannot be had", _choice(DATASET_NAMES))
@@ -198,7 +211,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
+class RecipeConfig(_Checked):
     """Optimiser, schedule and length."""
 
     lr: float = _option(1e-3, "peak learning rate of AdamW", _real(0.0))
@@ -219,7 +232,7 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(_Checked):
     """How the network runs: engine, memory, precision."""
 
     engine: str = _option("deepspeed", "deepspeed, or torch for the same loop without it", _choice(("deepspeed", "torch")))
@@ -287,6 +300,11 @@ def differing(config: Config) -> dict[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # argparse of Python 3.11 takes -1e-6 for an option
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
     def error(self, message: str) -> Any:
         raise UsageError(f"{message} (all settings: {self.prog} --help)")
 
@@ -297,10 +315,10 @@ def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
         section = parser.add_argument_group((group.__doc__ or "").splitlines()[0])
         for f in dataclasses.fields(group):
             flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            names = [flag] + (["--" + f.name] if "_" in f.name else [])
             if f.metadata.get("switch"):
-                section.add_argument(flag, help=text, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction)
+                section.add_argument(*names, help=text, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction)
             else:
-                names = [flag] + (["--" + f.name] if "_" in f.name else [])
                 section.add_argument(*names, help=text, default=argparse.SUPPRESS, type=f.metadata["parse"], metavar="X", dest=f.name)
 
 
