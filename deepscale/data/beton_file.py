@@ -166,6 +166,8 @@ def _run_writer(work: Path, path: Path, time_limit_s: float) -> None:
     package_root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(part for part in (package_root, os.environ.get("PYTHONPATH")) if part)
     environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    # On one core numba's unloading of TBB waits for ever when the finished process exits.
+    environment["NUMBA_THREADING_LAYER"] = "workqueue"
     code = "import sys; from deepscale.data.beton_file import write_in_this_process as write; write(sys.argv[1])"
     with (work / "messages").open("w+") as messages:
         command = [sys.executable, "-c", code, str(work)]
