@@ -122,6 +122,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self.settings = engine_config.resolve(config, world.size, cpu_adam)
+        engine_config.refuse_unknown(self.settings, engine_config.path_of(config))
         offloaded = "offload_optimizer" in self.settings["zero_optimization"]
         self.optimizer = build_optimizer(module, config.recipe, cpu_adam and offloaded)
         with quiet(config.engine.verbose):

@@ -37,6 +37,12 @@ SCALARS = (
 Settings = dict[str, Any]
 
 
+def path_of(config: Config) -> Path:
+    """The user's file, or the one of ds_configs/ for the planned stage."""
+    given = config.engine.deepspeed_config
+    return Path(given) if given else ds_config_path(f"zero{config.engine.zero}")
+
+
 def read(path: Path) -> Settings:
     """The file's settings, its keys checked. Raises UsageError."""
     try:
@@ -55,10 +61,29 @@ def read(path: Path) -> Settings:
         if key not in SECTIONS + SCALARS:
             raise UsageError(f"{path}: the key {key!r} is not known; possible: {', '.join(SECTIONS + SCALARS)}")
     zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    sections = {key: settings[key] for key in SECTIONS if key in settings}
+    if isinstance(zero, dict):
+        sections |= {f"zero_optimization.{key}": zero[key] for key in ("offload_optimizer", "offload_param") if key in zero}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UsageError(f"{path}: {name} is {json.dumps(section)}, and must be an object {{...}}; the files in ds_configs/ show how")
+    stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:
         raise UsageError(f"{path}: ZeRO stage {stage!r} does not exist; possible: 0, 1, 2, 3")
     return settings
+
+
+def refuse_unknown(settings: Settings, path: Path) -> None:
+    """DeepSpeed's own check of the ZeRO section's keys and values, as a sentence. Raises UsageError."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        raise UsageError(f"{path}: DeepSpeed refuses {name} = {json.dumps(first['input'], default=str)}: {first['msg'].lower()}") from None
 
 
 def offload_of(settings: Settings, path: Path) -> str:
@@ -104,7 +129,7 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     Raises UsageError where the file contradicts the command.
     """
     engine, recipe = config.engine, config.recipe
-    path = Path(engine.deepspeed_config) if engine.deepspeed_config else ds_config_path(f"zero{engine.zero}")
+    path = path_of(config)
     settings = read(path)
     assert isinstance(config.data.batch_size, int)
     owned: Settings = {
@@ -128,8 +153,8 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
                 )
         settings.pop(section, None)
     autocast = settings.setdefault("torch_autocast", {})
-    _own(autocast, "enabled", engine.precision in DTYPES, "--precision", path)
-    _own(autocast, "dtype", DTYPES.get(engine.precision, "bfloat16"), "--precision", path)
+    _own(autocast, "enabled", engine.precision in DTYPES, "--precision", path, "torch_autocast.")
+    _own(autocast, "dtype", DTYPES.get(engine.precision, "bfloat16"), "--precision", path, "torch_autocast.")
     autocast.setdefault("lower_precision_safe_modules", [])  # gradients are reduced in float32
     zero = settings.setdefault("zero_optimization", {"stage": 0})
     for key in ("offload_optimizer", "offload_param"):
@@ -144,9 +169,11 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     return settings
 
 
-def _own(section: Settings, key: str, value: Any, option: str, path: Path) -> None:
+def _own(section: Settings, key: str, value: Any, option: str, path: Path, prefix: str = "") -> None:
     """Writes the command's value where the file says "auto" or nothing; refuses another."""
     given = section.get(key, AUTO)
-    if given != AUTO and given != value:
-        raise UsageError(f'{path} says {key} {given}, the command {value}; write "auto" in the file or change {option}')
+    if given != AUTO and (given != value or isinstance(given, bool) != isinstance(value, bool)):
+        raise UsageError(
+            f'{path} says {prefix}{key} {json.dumps(given)}, the command {json.dumps(value)}; write "auto" in the file or change {option}'
+        )
     section[key] = value
