@@ -199,7 +199,8 @@ class Fit:
                 f"validation and test read the first {most:,} images each of their class-balanced order: all of them would take more than "
                 f"{EVALUATION_SHARE:.0%} of the time budget (--eval-images to choose)"
             )
-        step_s = min(self.step_times[1:])
+        warm = self.step_times[1:]
+        step_s = sum(warm) / len(warm)
         left = budget - (time.monotonic() - self.begin) - wanted * image_s
         longest = run.config.recipe.epochs * self.epoch_steps
         steps = self.step + max(1, min(longest, int(MARGIN * left / step_s)))
