@@ -4,6 +4,7 @@ Memory is counted in bytes from the shapes; time is measured: one block of each 
 machine, times the blocks of the stage. Legend: M = B * H * W rows of a stage, C its channels.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,7 +115,9 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
     total = 0.0
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision)
     for blocks, _, width in stage_shapes(config.model, micro, image_size):
-        stack = BlockStack(block_spec(config.model, width), 0, 1, min(1, segment_of(config))).to(world.device)
+        # Ranks measure on their own, and not equally often: nothing may wait for another.
+        spec = dataclasses.replace(block_spec(config.model, width), sync_batchnorm=False)
+        stack = BlockStack(spec, 0, 1, min(1, segment_of(config))).to(world.device)
         for parameter in stack.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(micro, width, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -148,7 +151,7 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
     """
     config, reasons = _engine_choices(config, machine)
     shape = {"channels": channels, "image_size": image_size, "classes": classes}
-    candidates = [c for c in _sizes(config) if _possible(c, image_size, world.size)]
+    candidates = [c for c in _sizes(config, world.size) if _possible(c, image_size, world.size)]
     if not candidates:
         raise _impossible(config, image_size, world.size)
     fitting = [c for c in (_memory_choices(c, machine, **shape) for c in candidates) if _fits(c, machine, **shape)]
@@ -170,7 +173,7 @@ def _engine_choices(config: Config, machine: Machine) -> tuple[Config, list[str]
     precision = config.engine.precision
     if precision == AUTO:
         precision = "bf16" if machine.bf16 else "fp32"
-    threads = torch.get_num_threads()
+    threads = config.engine.threads if config.engine.threads != AUTO else torch.get_num_threads()
     workers = config.data.workers if config.data.workers != AUTO else max(1, min(8, threads))
     blocks = config.model.stage_blocks
     size = config.engine.stack_size if config.engine.stack_size != AUTO else default_stack_size(blocks)
@@ -179,12 +182,15 @@ def _engine_choices(config: Config, machine: Machine) -> tuple[Config, list[str]
     ).replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init), []
 
 
-def _sizes(config: Config) -> Iterator[Config]:
-    """Candidates from the largest to the smallest: width falls first, then resolution, then batch."""
-    model, data = config.model, config.data
+def _sizes(config: Config, ranks: int) -> Iterator[Config]:
+    """Candidates from the largest to the smallest: width falls first, then resolution, then batch.
+
+    Batches are the nearest to those of BATCHES that divide over ranks and micro batches.
+    """
+    model, data, parts = config.model, config.data, ranks * config.recipe.accumulation
     widths = WIDTHS if model.width == AUTO else (model.width,)
     patches = PATCHES if model.patch_size == AUTO else (model.patch_size,)
-    batches = BATCHES if data.batch_size == AUTO else (data.batch_size,)
+    batches = tuple(dict.fromkeys(max(1, round(b / parts)) * parts for b in BATCHES)) if data.batch_size == AUTO else (data.batch_size,)
     for width in widths:
         yield config.replace(width=width, patch_size=patches[0], batch_size=batches[0])
     for patch in patches[1:]:
@@ -208,11 +214,9 @@ def _impossible(config: Config, image_size: int, ranks: int) -> UsageError:
             f"type a multiple of {parts}, for example --batch-size {nearest}"
         )
     largest = image_size // 2 ** (STAGES - 1)
-    return UsageError(
-        f"--patch-size {config.model.patch_size} leaves nothing of {image_size} pixels after three halvings; possible: 1 to {largest}"
-        if isinstance(config.model.patch_size, int)
-        else f"no batch of {BATCHES} divides over {ranks} ranks x {config.recipe.accumulation} micro batches; type --batch-size {parts}"
-    )
+    if largest < 1:
+        return UsageError(f"images of {image_size} pixels are too small for three halvings; possible: from {2 ** (STAGES - 1)} pixels on")
+    return UsageError(f"--patch-size {config.model.patch_size} leaves nothing of {image_size} pixels after three halvings; possible: 1 to {largest}")
 
 
 def _memory_choices(config: Config, machine: Machine, **shape: int) -> Config:
@@ -241,7 +245,7 @@ def _fits(config: Config, machine: Machine, **shape: int) -> bool:
 
 def _too_large(config: Config, machine: Machine, shape: dict[str, int]) -> UsageError:
     """The sentence for a network that cannot fit: what it needs, what is free, and the largest width that fits."""
-    smallest = _memory_choices(list(_sizes(config))[-1], machine, **shape)
+    smallest = _memory_choices(list(_sizes(config, machine.ranks))[-1], machine, **shape)
     needed = memory_of(smallest, machine.ranks, **shape).total
     free = machine.device_bytes if machine.device == "cuda" else machine.host_bytes
     width = smallest.model.width
