@@ -5,6 +5,7 @@ C, 2C, 4C, 8C; before stages 2, 3 and 4 a norm and a 2x2 convolution of stride 2
 linear. `plain_names` maps every parameter to its name in the plain network (`reference.py`), in path order.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,6 +193,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
+@functools.lru_cache(maxsize=1024)
 def count_parameters(model: ModelConfig, classes: int = 10, channels: int = 3) -> int:
     """Parameters of the network, counted on the meta device: nothing is allocated."""
     with torch.device("meta"):
