@@ -1,0 +1,313 @@
+"""The planner: every auto resolved, what is given by hand kept, and what does not fit refused with what does.
+
+Machines are made up (a `Machine` is four numbers): CPU_16GIB and the like stand for what is free, FAKE_GPU_24GIB for a GPU that no test needs.
+Times come from `cost_model`, a number per floating point operation, but for the one test that measures.
+"""
+
+import dataclasses
+import itertools
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from deepscale import memory, plan
+from deepscale.config import AUTO, Config, flat
+from deepscale.depth import MAX_DEPTH
+from deepscale.engine import TorchEngine
+from deepscale.errors import UsageError
+from deepscale.machine import Machine, measure_machine
+from deepscale.models.convnext import ConvNeXt, count_parameters
+from deepscale.plan import GIB, Plan
+from deepscale.world import World
+
+CPU_16GIB = Machine("cpu", 16 * GIB, 16 * GIB, False, 1)
+FAKE_GPU_24GIB = Machine("cuda", 24 * GIB, 64 * GIB, True, 1)
+FAKE_OLD_GPU_24GIB = dataclasses.replace(FAKE_GPU_24GIB, bf16=False)
+SIZES = ("width", "patch_size", "batch_size")
+# What the planner leaves to others, who record it: data set and feed (their name), validations (the length of an epoch).
+LEFT_OPEN = {"dataset", "feed", "eval_images", "eval_every"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone(World):
+    """A rank of several that agrees with itself, where no process group is."""
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+
+def resolve(machine: Machine = CPU_16GIB, image_size: int = 32, classes: int = 10, channels: int = 3, **settings: Any) -> Plan:
+    world = Alone(0, machine.ranks, 0, machine.ranks, torch.device(machine.device))
+    return plan.resolve(Config().replace(**settings), world, machine, channels=channels, image_size=image_size, classes=classes)
+
+
+def sizes(found: Plan) -> tuple[Any, ...]:
+    return tuple(flat(found.config)[name] for name in SIZES)
+
+
+def cost_model(config: Config, world: World, image_size: int) -> float:
+    """Seconds of a step on a machine of 1 GFLOP/s."""
+    return plan.flops_of(config, int(config.data.batch_size) // world.size, image_size) / 1e9
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes a second; nothing is skipped as impossible on any machine."""
+    monkeypatch.setattr(plan, "measure_step_s", lambda config, world, image_size: 1.0)
+    monkeypatch.setattr(plan, "CORE_FLOPS", float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------------- every auto, by hand
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("machine", [CPU_16GIB, FAKE_GPU_24GIB], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("depth", [14, 1004, 10_000])
+def test_every_auto_is_resolved_and_the_same_plan_comes_out_twice(machine: Machine, ranks: int, depth: int) -> None:
+    machine = dataclasses.replace(machine, ranks=ranks)
+    found = resolve(machine, depth=depth)
+    assert {name for name, value in flat(found.config).items() if value == AUTO} <= LEFT_OPEN
+    assert resolve(machine, depth=depth) == found
+    # Planning a plan changes nothing: what was resolved counts as given by hand.
+    again = plan.resolve(found.config, Alone(0, machine.ranks, 0, 1, torch.device(machine.device)), machine, channels=3, image_size=32, classes=10)
+    assert again.config == found.config
+    assert found.config.model.depth == found.config.model.built_depth >= depth
+    assert any(f"{found.config.model.built_depth:,} layers" in note for note in found.notes)
+    assert found.memory.device <= 0.9 * machine.device_bytes
+
+
+BY_HAND: list[dict[str, Any]] = [
+    {"width": 24}, {"width": 512, "depth": 26}, {"patch_size": 2}, {"batch_size": 48}, {"width": 1, "batch_size": 2}, {"zero": 0}, {"zero": 1},
+    {"zero": 2}, {"zero": 3}, {"zero": 2, "offload": "cpu"}, {"zero": 3, "offload": "cpu"}, {"offload": "none"}, {"precision": "fp16"},
+    {"precision": "bf16"}, {"precision": "fp32"}, {"recompute": True}, {"recompute": False, "depth": 26}, {"stack_size": 3},
+    {"segment": 2, "recompute": True}, {"segment": 7, "recompute": False, "depth": 26}, {"workers": 5}, {"threads": 3}, {"layerscale_init": None},
+    {"layerscale_init": 1e-6}, {"blocks": (1, 2, 3, 4)}, {"engine": "torch"}, {"accumulation": 4, "batch_size": 8}, {"lr": 0.5, "clip": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", [CPU_16GIB, FAKE_GPU_24GIB, dataclasses.replace(FAKE_GPU_24GIB, ranks=2)], ids=["cpu", "gpu", "2 gpus"])
+@pytest.mark.parametrize("given", BY_HAND, ids=str)
+def test_a_value_given_by_hand_is_kept(given: dict[str, Any], machine: Machine) -> None:
+    found = flat(resolve(machine, **{"depth": 1004, **given}).config)
+    assert {name: found[name] for name in given if name != "depth"} == {name: value for name, value in given.items() if name != "depth"}
+
+
+def test_layerscale_is_resolved_from_the_skip() -> None:
+    assert resolve(depth=26).config.model.layerscale_init == 0.0
+    assert resolve(depth=26, skip="none").config.model.layerscale_init is None
+
+
+# ----------------------------------------------------------------------------------------------------------- what a GPU gets
+
+
+def test_a_gpu_gets_the_published_width_whole_images_and_bf16() -> None:
+    found = resolve(FAKE_GPU_24GIB, depth=1004)
+    assert sizes(found) == (64, 1, 64)
+    assert found.config.engine.precision == "bf16"
+    assert found.step_s is None
+    assert resolve(FAKE_OLD_GPU_24GIB, depth=1004).config.engine.precision == "fp32"
+    assert resolve(CPU_16GIB, depth=26).config.engine.precision == "fp32"
+
+
+def test_memory_is_given_up_in_the_order_of_what_it_costs_in_time() -> None:
+    """On one GPU: keep activations, recompute them, offload; a smaller network only after all of these."""
+    engines = []
+    for gib in (24, 8, 4, 1):
+        found = resolve(dataclasses.replace(FAKE_GPU_24GIB, device_bytes=gib * GIB), depth=1004)
+        assert sizes(found) == (64, 1, 64)
+        engines.append((found.config.engine.recompute, found.config.engine.zero, found.config.engine.offload))
+    assert engines == [(False, 0, "none"), (True, 0, "none"), (True, 2, "cpu"), (True, 3, "cpu")]
+    assert resolve(dataclasses.replace(FAKE_GPU_24GIB, device_bytes=GIB // 2), depth=1004).config.model.width == 32
+
+
+def test_several_ranks_share_the_optimiser() -> None:
+    found = resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=8), depth=1004)
+    assert found.config.engine.zero >= 1
+    alone, shared = (resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=r), depth=1004, zero=3, recompute=True).memory for r in (1, 8))
+    assert shared.states_device == pytest.approx(alone.states_device / 8, rel=1e-6)
+    assert shared.parameters == alone.parameters
+
+
+# ------------------------------------------------------------------------------------------------------------------ too large
+
+
+def test_what_cannot_fit_is_refused_with_the_width_that_does() -> None:
+    machine = Machine("cpu", 2 * GIB, 2 * GIB, False, 1)
+    with pytest.raises(UsageError) as refused:
+        resolve(machine, depth=10_000, width=512)
+    sentence = str(refused.value)
+    assert "10,001 layers at --width 512 need" in sentence and "2.0 GiB are free" in sentence and "\n" not in sentence
+    fits = int(sentence.split("--width ")[-1].split()[0])
+    assert resolve(machine, depth=10_000, width=fits).config.model.width == fits
+    with pytest.raises(UsageError, match=f"--width {fits} fits"):
+        resolve(machine, depth=10_000, width=2 * fits)
+
+
+def test_what_fits_nowhere_says_so() -> None:
+    with pytest.raises(UsageError, match=r"100,001 layers need .* GiB even at width 1,? .*smaller --depth"):
+        resolve(Machine("cpu", GIB // 100, GIB // 100, False, 1), depth=100_000, width=1)
+
+
+def test_offload_needs_room_on_the_host() -> None:
+    machine = dataclasses.replace(FAKE_GPU_24GIB, host_bytes=GIB)
+    with pytest.raises(UsageError, match=r"--width \d+ fits"):
+        resolve(machine, depth=10_000, width=64, offload="cpu", zero=3)
+
+
+def test_the_planned_states_are_those_that_exist() -> None:
+    """Weights, gradients and AdamW's moments of a real network after a step, in bytes, but for the step counters."""
+    found = resolve(depth=26, width=8, patch_size=4, batch_size=4, engine="torch")
+    model = ConvNeXt(found.config.model).initialise(0)
+    engine = TorchEngine(model, found.config, World(0, 1, 0, 1, torch.device("cpu")))
+    engine.backward(engine.forward(torch.randn(4, 3, 32, 32)).sum(), last=True)
+    held = sum(p.nbytes + p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    engine.step()
+    held += sum(value.nbytes for state in engine.optimizer.state.values() for value in state.values() if value.dim())
+    assert found.memory.states_device == held
+    assert found.memory.parameters == count_parameters(found.config.model) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("depth", [14, 26, 1004, 10_000, MAX_DEPTH])
+def test_any_depth_is_planned_without_allocating_it(depth: int) -> None:
+    """At width 64 and 100,000 layers the weights alone are 78 GB; planning may take 200 MB and 20 s."""
+    base, begin = memory.reset_peak(torch.device("cpu")), time.process_time()
+    machine = dataclasses.replace(FAKE_GPU_24GIB, device_bytes=10_000 * GIB, host_bytes=10_000 * GIB)
+    found = resolve(machine, depth=depth)
+    assert found.config.model.width == 64 and found.config.model.built_depth >= depth
+    assert found.memory.parameters > (19e9 if depth == MAX_DEPTH else 1e6)
+    assert memory.peak_bytes(torch.device("cpu")) - base < 200e6
+    assert time.process_time() - begin < 20
+
+
+# ----------------------------------------------------------------------------------------------------------------------- time
+
+ORDER = [(64, 1, 64), (32, 1, 64), (16, 1, 64), (8, 1, 64), (8, 2, 64), (8, 4, 64), (8, 4, 32), (8, 4, 16), (8, 4, 8)]
+
+
+@pytest.mark.parametrize("place", range(len(ORDER)))
+def test_a_time_budget_lowers_width_then_patch_then_batch(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of 40 steps of the wanted size, and 1 % more, gets just that size."""
+    monkeypatch.setattr(plan, "measure_step_s", cost_model)
+    wanted = resolve(depth=26, **dict(zip(SIZES, ORDER[place], strict=True)))
+    assert wanted.step_s is not None
+    found = resolve(depth=26, time_budget=40 * 1.01 * wanted.step_s)
+    assert sizes(found) == ORDER[place]
+    assert found.step_s == wanted.step_s
+    assert any("limit" in note for note in found.notes)
+
+
+def test_without_a_budget_a_step_may_take_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds_by_width(config: Config, world: World, image_size: int) -> float:
+        return 10.0 * int(config.model.width) / 32
+
+    monkeypatch.setattr(plan, "measure_step_s", seconds_by_width)
+    assert resolve(depth=26).config.model.width == 32
+    assert resolve(depth=26, time_budget=200.0).config.model.width == 16
+    assert resolve(depth=26, width=64).config.model.width == 64
+
+
+def test_where_nothing_is_fast_enough_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_step_s", cost_model)
+    assert sizes(resolve(depth=10_000, time_budget=0.001)) == ORDER[-1]
+    # A value given by hand stays even then.
+    assert sizes(resolve(depth=1004, time_budget=0.001, width=64)) == (64, 4, 8)
+    assert sizes(resolve(depth=1004, time_budget=0.001, width=64, patch_size=1, batch_size=64)) == (64, 1, 64)
+
+
+def test_sizes_that_no_machine_could_run_in_time_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,001 layers of width 64 on whole images are some 1e15 operations: measuring one block of each stage would take minutes."""
+    measured = []
+
+    def measure(config: Config, world: World, image_size: int) -> float:
+        measured.append(plan.flops_of(config, int(config.data.batch_size), image_size))
+        return 100.0
+
+    monkeypatch.setattr(plan, "measure_step_s", measure)
+    monkeypatch.setattr(plan, "CORE_FLOPS", 150e9)
+    resolve(Machine("cpu", 1000 * GIB, 1000 * GIB, False, 1), depth=10_000, threads=1)
+    assert measured and max(measured) <= 10.0 * 150e9 * torch.get_num_threads()
+
+
+def test_a_step_is_measured_with_real_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that adds a second per reading: a block of each stage, times the blocks of the stage, times the micro batches."""
+    monkeypatch.undo()
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    fixed = {"width": 8, "patch_size": 2, "batch_size": 8, "zero": 0, "offload": "none", "precision": "bf16", "recompute": True, "segment": 4}
+    assert 0 < plan.measure_step_s(Config().replace(**fixed), world, 32) < 60
+    readings = itertools.count()
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: float(next(readings)))
+    for norm in ("layernorm", "batchnorm"):
+        settings = Config().replace(**fixed, norm=norm, sync_batchnorm=norm == "batchnorm", blocks=(1, 2, 30, 4))
+        assert plan.measure_step_s(settings, world, 32) == 37
+        assert plan.measure_step_s(settings.replace(accumulation=4), world, 32) == 4 * 37
+
+
+def test_no_rank_waits_for_another_while_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may measure different candidates: synchronised statistics would mix them up, or hang."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: pytest.fail("a collective"))
+    settings = Config().replace(
+        width=4,
+        patch_size=4,
+        batch_size=8,
+        zero=1,
+        offload="none",
+        precision="fp32",
+        recompute=False,
+        segment=1,
+        norm="batchnorm",
+        sync_batchnorm=True,
+    )
+    assert plan.measure_step_s(settings, World(0, 2, 0, 2, torch.device("cpu")), 32) > 0
+
+
+# ------------------------------------------------------------------------------------------------------- what does not divide
+
+
+@pytest.mark.parametrize(("ranks", "batch", "accumulation", "example"), [(2, 9, 1, 8), (3, 64, 1, 63), (4, 2, 1, 4), (2, 12, 4, 16), (1, 7, 2, 8)])
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(ranks: int, batch: int, accumulation: int, example: int) -> None:
+    machine = dataclasses.replace(CPU_16GIB, ranks=ranks)
+    given = {"depth": 26, "width": 8, "accumulation": accumulation}
+    with pytest.raises(UsageError, match=rf"--batch-size {batch} does not divide over {ranks} ranks x {accumulation} micro.*--batch-size {example}"):
+        resolve(machine, batch_size=batch, **given)
+    assert resolve(machine, batch_size=example, **given).config.data.batch_size == example
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 7, 24, 100])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_open_batch_divides_over_any_number_of_ranks(ranks: int, accumulation: int) -> None:
+    found = resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=ranks), depth=26, accumulation=accumulation)
+    batch = int(found.config.data.batch_size)
+    assert batch % (ranks * accumulation) == 0
+    assert abs(batch - 64) <= ranks * accumulation / 2 or batch == ranks * accumulation
+
+
+@pytest.mark.parametrize(("image_size", "patch", "largest"), [(32, 5, 4), (28, 4, 3), (64, 9, 8), (32, 1000, 4)])
+def test_a_patch_too_large_is_refused_with_the_largest_possible(image_size: int, patch: int, largest: int) -> None:
+    with pytest.raises(UsageError, match=rf"--patch-size {patch} leaves nothing of {image_size} pixels.*1 to {largest}"):
+        resolve(image_size=image_size, depth=26, patch_size=patch)
+    assert resolve(image_size=image_size, depth=26, patch_size=largest).config.model.patch_size == largest
+
+
+def test_images_too_small_for_three_halvings_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"images of 7 pixels are too small.*from 8 pixels"):
+        resolve(image_size=7, depth=26)
+    assert resolve(image_size=8, depth=26).config.model.patch_size == 1
+
+
+@pytest.mark.parametrize("given", [{"zero": 2}, {"offload": "cpu"}, {"deepspeed_config": "ds_configs/zero2.json"}])
+def test_plain_torch_has_no_zero(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.chdir(pytestconfig.rootpath)
+    with pytest.raises(UsageError, match="--engine torch has no ZeRO"):
+        resolve(depth=26, engine="torch", **given)
+
+
+def test_this_machine_has_memory() -> None:
+    alone = measure_machine(World(0, 1, 0, 1, torch.device("cpu")))
+    shared = measure_machine(World(0, 4, 0, 4, torch.device("cpu")))
+    assert alone.device == "cpu" and alone.bf16 is False and alone.ranks == 1 and shared.ranks == 4
+    assert 2**28 < alone.host_bytes < 2**50
+    assert shared.host_bytes == pytest.approx(alone.host_bytes / 4, rel=0.2)
