@@ -29,6 +29,7 @@ EVALUATION_SHARE = 0.25  # of a time budget, at most
 MARGIN = 0.97  # of the time left is planned with
 GRADIENT_EVERY = 10  # steps between records of the first layer's gradient, as in the original study
 FEWEST_EVALUATED = 500
+ADVICE = "Type a lower --lr, or --layerscale-init 0, or --precision fp32"
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -152,6 +153,8 @@ class Fit:
                     self._one(batches)
                 steps = self._calibrated()
             run.progress.total_steps = self.result.planned_steps = steps
+            evaluated = run.feeds.validation.images + run.feeds.test.images
+            run.tracker.parameters({"resolved_steps": steps, "resolved_eval_every": every, "resolved_eval_images": evaluated})
             schedule = build_schedule(run.engine.optimizer, recipe, steps)
             for _ in range(self.step):
                 schedule.step()
@@ -188,11 +191,10 @@ class Fit:
         assert budget is not None
         begin = time.monotonic()
         one = evaluate(run.engine, run.feeds.validation, run.world, batches=1)
-        image_s = (time.monotonic() - begin) / max(1.0, one["images"])
+        image_s = run.world.agree((time.monotonic() - begin) / max(1.0, one["images"]))
         wanted = run.feeds.validation.images + run.feeds.test.images
         if run.config.data.eval_images == AUTO and wanted * image_s > EVALUATION_SHARE * budget:
             most = max(FEWEST_EVALUATED, int(EVALUATION_SHARE * budget / image_s / 2))
-            most = run.world.agree(most)
             run.feeds.limit_evaluation(most)
             wanted = run.feeds.validation.images + run.feeds.test.images
             run.progress.warn(
@@ -200,12 +202,11 @@ class Fit:
                 f"{EVALUATION_SHARE:.0%} of the time budget (--eval-images to choose)"
             )
         warm = self.step_times[1:]
-        step_s = sum(warm) / len(warm)
+        step_s = sum(warm) / len(warm) + run.feeds.validation.images * image_s / self._evaluate_every()
         left = budget - (time.monotonic() - self.begin) - wanted * image_s
         longest = run.config.recipe.epochs * self.epoch_steps
         steps = self.step + max(1, min(longest, int(MARGIN * left / step_s)))
         steps = run.world.agree(steps)
-        run.tracker.parameters({"resolved_steps": steps, "resolved_eval_images": wanted})
         run.progress.say(f"{steps:,} steps of {step_s:.2g} s fit into the time budget of {budget:.0f} s")
         return steps
 
@@ -249,6 +250,8 @@ class Fit:
         run = self.run
         self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world)
         run.tracker.log({f"val/{name}": value for name, value in found.items()}, self.step)
+        if not math.isfinite(found["loss"]):
+            raise NonFiniteError(f"the validation loss became {found['loss']} after step {self.step}. {ADVICE}")
         run.progress.say(
             f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images"
         )
@@ -258,4 +261,4 @@ def stopped_at_nonfinite(run: Run, step: int, loss: float) -> NonFiniteError:
     """The error for a loss that turned non-finite, naming the step and the layer."""
     layer = first_nonfinite(run.model, run.engine)
     where = f"the first layer whose gradient is not finite is {layer}" if layer else "all gradients are still finite"
-    return NonFiniteError(f"the loss became {loss} at step {step}; {where}. Type a lower --lr, or --layerscale-init 0, or --precision fp32")
+    return NonFiniteError(f"the loss became {loss} at step {step}; {where}. {ADVICE}")
