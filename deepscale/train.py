@@ -92,7 +92,7 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
     tracker = tracking.open_tracker(
         settings.tracking,
         run_name=settings.tracking.run_name or run_name(run.asked, settings),
-        parameters=described(run.asked, settings, run.plan, run.feeds.name, place),
+        parameters=described(run.asked, settings, run.plan, run.feeds, place),
         tags={"dataset": info.name, "feed": run.feeds.name, "engine": engine.name},
         dataset=info,
         rank=place.rank,
@@ -139,7 +139,7 @@ def _prepare_ops(asked: Config, screen: progress.Progress) -> bool:
     return reason is None
 
 
-def described(asked: Config, settings: Config, planned: plan.Plan, feed: str, place: world.World) -> dict[str, Any]:
+def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds, place: world.World) -> dict[str, Any]:
     """All settings with every `auto` resolved, and what was asked where it differs."""
     values = config.flat(settings)
     before = config.flat(asked)
@@ -148,7 +148,8 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feed: str, pl
     return values | {
         "built_depth": settings.model.built_depth,
         "parameters": planned.memory.parameters,
-        "resolved_feed": feed,
+        "resolved_dataset": feeds.info.name,
+        "resolved_feed": feeds.name,
         "ranks": place.size,
         "torch": torch.__version__,
     }
