@@ -247,21 +247,12 @@ def test_a_step_is_measured_with_real_blocks(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_rank_waits_for_another_while_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may measure different candidates: synchronised statistics would mix them up, or hang."""
     monkeypatch.undo()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: pytest.fail("a collective"))
-    settings = Config().replace(
-        width=4,
-        patch_size=4,
-        batch_size=8,
-        zero=1,
-        offload="none",
-        precision="fp32",
-        recompute=False,
-        segment=1,
-        norm="batchnorm",
-        sync_batchnorm=True,
-    )
-    assert plan.measure_step_s(settings, World(0, 2, 0, 2, torch.device("cpu")), 32) > 0
+    fixed = {"width": 4, "patch_size": 4, "batch_size": 8, "zero": 1, "offload": "none", "precision": "fp32", "recompute": False, "segment": 1}
+    settings = Config().replace(**fixed, norm="batchnorm", sync_batchnorm=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "all_reduce", lambda *given, **named: pytest.fail("a collective"))
+        assert plan.measure_step_s(settings, World(0, 2, 0, 2, torch.device("cpu")), 32) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- what does not divide
