@@ -54,8 +54,11 @@ class Convolution(nn.Module):
     def __init__(self, kind: str, sync: bool, channels: tuple[int, int], side: int, norm_first: bool) -> None:
         super().__init__()
         self.norm_first = norm_first
-        self.norm = ChannelNorm(kind, channels[0] if norm_first else channels[1], sync)
+        if norm_first:  # parameters are listed in path order
+            self.norm = ChannelNorm(kind, channels[0], sync)
         self.conv = nn.Conv2d(channels[0], channels[1], side, side)
+        if not norm_first:
+            self.norm = ChannelNorm(kind, channels[1], sync)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
