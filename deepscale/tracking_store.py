@@ -32,6 +32,9 @@ LOCK_WAIT_S = 60.0
 METRICS_PER_REQUEST = 1000
 ITEMS_PER_REQUEST = 100
 
+# MLflow's page opens an experiment of this kind as training runs with charts, not as traces of language models.
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
 # Set only where the user has not. MLflow's own limits, 7 retries of 120 s, keep a dead server unnoticed for a quarter of an hour.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -154,7 +157,8 @@ class Store:
         if found is None:
             try:
                 # Beside an SQLite file, wherever the command runs; a server knows its own place.
-                client.create_experiment(self.experiment, artifact_location=None if artifacts is None else artifacts.as_uri())
+                place = None if artifacts is None else artifacts.as_uri()
+                client.create_experiment(self.experiment, artifact_location=place, tags=MODEL_TRAINING)
             except MlflowException as error:
                 # Another process was quicker.
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
