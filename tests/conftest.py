@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +45,10 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_tmp_path(tmp_path: Path) -> Iterator[Path]:
     """The test works in its own folder, so that a tracking database or data lands there."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with chdir(tmp_path):  # left before pytest removes it: what is imported later may ask where it is
+        yield tmp_path
 
 
 def free_port() -> int:
