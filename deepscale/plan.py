@@ -28,6 +28,9 @@ FAST_SEGMENT = 4  # blocks recomputed together whose activations stay in a core'
 STEP_SHARE = 1 / 40  # of the time budget that one step may take
 STEP_LIMIT_S = 10.0  # without a time budget
 FITS = 0.9  # of the memory that is free
+MEASURE_S = 0.1
+# Threads must pay: with fewer, a busy machine stalls a step less, and the feed and the tracker have a core.
+THREADS_GAIN = 1.15
 # No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
 CORE_FLOPS = 150e9
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -108,7 +111,10 @@ def flops_of(config: Config, micro_batch: int, image_size: int) -> float:
 
 
 def measure_step_s(config: Config, world: World, image_size: int) -> float:
-    """Seconds of one optimiser step's blocks: one block of each stage timed on this machine, the best of three."""
+    """Seconds of one optimiser step's blocks: one block of each stage timed on this machine.
+
+    The mean of `MEASURE_S` per stage, not the best: on a busy machine threads that wait for each other are what a step costs.
+    """
     assert isinstance(config.data.batch_size, int)
     micro = config.data.batch_size // config.recipe.accumulation // world.size
     side = image_size // config.model.patch_size  # type: ignore[operator]
@@ -121,15 +127,15 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
         for parameter in stack.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(micro, width, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
-        best = float("inf")
-        for _ in range(3):
+        runs, spent = -1, 0.0  # the first run is not counted: it allocates
+        while runs < 1 or (spent < MEASURE_S and runs < 50):
             _synchronise(world)
             begin = time.perf_counter()
             with torch.autocast(world.device.type, dtype=low, enabled=low is not None):
                 stack(x).backward(x.detach())
             _synchronise(world)
-            best = min(best, time.perf_counter() - begin)
-        total += blocks * best
+            runs, spent = runs + 1, spent + (time.perf_counter() - begin if runs >= 0 else 0.0)
+        total += blocks * spent / runs
         side //= 2
     return total * config.recipe.accumulation
 
@@ -173,8 +179,8 @@ def _engine_choices(config: Config, machine: Machine) -> tuple[Config, list[str]
     precision = config.engine.precision
     if precision == AUTO:
         precision = "bf16" if machine.bf16 else "fp32"
-    threads = config.engine.threads if config.engine.threads != AUTO else torch.get_num_threads()
-    workers = config.data.workers if config.data.workers != AUTO else max(1, min(8, threads))
+    threads = config.engine.threads if config.engine.threads != AUTO or machine.device == "cpu" else torch.get_num_threads()
+    workers = config.data.workers if config.data.workers != AUTO else max(1, min(8, torch.get_num_threads()))
     blocks = config.model.stage_blocks
     size = config.engine.stack_size if config.engine.stack_size != AUTO else default_stack_size(blocks)
     return config.replace(
@@ -271,11 +277,27 @@ def _fast_enough(candidates: list[Config], world: World, image_size: int) -> tup
         assert isinstance(config.data.batch_size, int)
         if flops_of(config, config.data.batch_size // world.size, image_size) / peak > limit and config is not candidates[-1]:
             continue
-        measured.append((measure_step_s(config, world, image_size), config))
+        measured.append(_with_threads(config, world, image_size))
         if measured[-1][0] <= limit:
             break
     step_s, config = min(measured, key=lambda pair: (pair[0] > limit, pair[0]))
     return config, step_s
+
+
+def _with_threads(config: Config, world: World, image_size: int) -> tuple[float, Config]:
+    """(seconds of a step, the configuration with its threads): one, where the others do not gain enough."""
+    if config.engine.threads != AUTO:
+        return measure_step_s(config, world, image_size), config
+    most = torch.get_num_threads()
+    if most == 1:
+        return measure_step_s(config, world, image_size), config.replace(threads=1)
+    many = measure_step_s(config, world, image_size)
+    try:
+        torch.set_num_threads(1)
+        one = measure_step_s(config, world, image_size)
+    finally:
+        torch.set_num_threads(most)
+    return (many, config.replace(threads=most)) if one > THREADS_GAIN * many else (one, config.replace(threads=1))
 
 
 def _explain(asked: Config, chosen: Config, memory: Memory, machine: Machine, step_s: float | None, cut: bool) -> list[str]:
@@ -285,9 +307,10 @@ def _explain(asked: Config, chosen: Config, memory: Memory, machine: Machine, st
     blocks = " + ".join(f"{b:,}" for b in model.stage_blocks)
     lines = [f"{model.built_depth:,} layers: {blocks} blocks in 4 stages of width {' '.join(str(model.width * 2**s) for s in range(STAGES))}"]
     lines[0] += f", {memory.parameters:,} parameters"
+    threads = f"{engine.threads} thread{'s' if engine.threads != 1 else ''} a rank"
     sizes = f"width {model.width}, patch {model.patch_size}, batch {chosen.data.batch_size}"
     if step_s is not None:
-        why = f"about {step_s:.2g} s a step in the blocks; the limit is {step_limit_s(chosen):.3g} s without a GPU"
+        why = f"about {step_s:.2g} s a step in the blocks with {threads}; the limit is {step_limit_s(chosen):.3g} s without a GPU"
         lines.append(f"{sizes}: {why}")
     else:
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")

@@ -64,6 +64,7 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Pre
     machine = measure_machine(place)
     planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
+    torch.set_num_threads(int(settings.engine.threads))
     screen.say(f"asked for {asked.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
     for note in planned.notes:
         screen.say(note)

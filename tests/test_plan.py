@@ -302,3 +302,19 @@ def test_this_machine_has_memory() -> None:
     assert alone.device == "cpu" and alone.bf16 is False and alone.ranks == 1 and shared.ranks == 4
     assert 2**28 < alone.host_bytes < 2**50
     assert shared.host_bytes == pytest.approx(alone.host_bytes / 4, rel=0.2)
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.5, 2), (1.1, 1), (0.2, 1)])
+def test_threads_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch, gain: float, chosen: int) -> None:
+    """A cost model in which 2 threads are `gain` times faster than one: below 1.15x one thread is left to others, as on a busy machine."""
+    monkeypatch.setattr(plan, "measure_step_s", lambda config, world, image_size: 1.0 if torch.get_num_threads() == 1 else 1.0 / gain)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = resolve(CPU_16GIB, depth=26)
+        assert torch.get_num_threads() == 2  # measuring leaves them as they were
+    finally:
+        torch.set_num_threads(before)
+    assert found.config.engine.threads == chosen
+    assert found.step_s == pytest.approx(1.0 if chosen == 1 else 1.0 / gain)
+    assert f"{chosen} thread" in " ".join(found.notes)
