@@ -29,8 +29,8 @@ STEP_SHARE = 1 / 40  # of the time budget that one step may take
 STEP_LIMIT_S = 10.0  # without a time budget
 FITS = 0.9  # of the memory that is free
 MEASURE_S = 0.1
-# Threads must pay: with fewer, a busy machine stalls a step less, and the feed and the tracker have a core.
-THREADS_GAIN = 1.15
+# Threads must pay: a network of small operators that gains little from them stalls tenfold as soon as another process takes a core.
+THREADS_GAIN = 1.5
 # No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
 CORE_FLOPS = 150e9
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
