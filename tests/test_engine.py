@@ -1,6 +1,6 @@
 """Plain torch and DeepSpeed's ZeRO 0, 1, 2, 3, on one rank and on two, against each other and against the unstacked reference.
 
-All cases run in three processes (engine_worker.py): one rank, and two ranks with the same global batch. Networks of 14 layers, width 4,
+All cases run in three processes at once (engine_worker.py): one rank, and two ranks with the same global batch. Networks of 14 layers, width 4,
 patch 4, six steps of AdamW under OneCycle up to 1e-3, unless a test says otherwise.
 """
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,24 @@ def run_ranks(cases: Iterator[Case], folder: Path, ranks: int) -> list[Results]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Future[list[Results]], Future[list[Results]]]]:
+    """The results of one rank and of two, which run at the same time: where one rank computes, the other core is free."""
     ops.ensure_ops(["cpu_adam"], lambda line: None)
-    return run_ranks(one_rank_cases(), tmp_path_factory.mktemp("one"), 1)[0]
+    with ThreadPoolExecutor(2) as pool:
+        yield (
+            pool.submit(run_ranks, one_rank_cases(), tmp_path_factory.mktemp("one"), 1),
+            pool.submit(run_ranks, two_rank_cases(), tmp_path_factory.mktemp("two"), 2),
+        )
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return run_ranks(two_rank_cases(), tmp_path_factory.mktemp("two"), 2)
+def one(both: tuple[Future[list[Results]], ...]) -> Results:
+    return both[0].result()[0]
+
+
+@pytest.fixture(scope="module")
+def two(both: tuple[Future[list[Results]], ...]) -> list[Results]:
+    return both[1].result()
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
