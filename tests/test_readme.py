@@ -1,0 +1,66 @@
+"""What the README tells a reader to type is understood, and what it points to is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deepscale import cli, config
+from deepscale.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+LINES = [words for block in BLOCKS for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+TRAININGS = [words[words.index("deepscale/train.py") + 1 :] for words in LINES if "deepscale/train.py" in words]
+TARGETS = [words[1] for words in LINES if words[0] == "make"]
+
+
+def test_every_training_command_is_understood() -> None:
+    """Each line's settings against the parser of the command itself; --help aside, which prints."""
+    assert len(TRAININGS) >= 5
+    for words in TRAININGS:
+        if "--help" not in words:
+            assert config.parse(words).model.built_depth >= 14
+
+
+def test_subcommands_exist() -> None:
+    """Every `deepscale NAME` in the text or in a block, against the table of the command."""
+    named = set(re.findall(r"`deepscale ([a-z]+)", README)) | {words[1] for words in LINES if words[0] == "deepscale"}
+    assert named
+    assert named <= set(cli.COMMANDS)
+
+
+def test_make_targets_and_files_exist() -> None:
+    """Targets against the Makefile, linked and listed files against the repository."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert TARGETS
+    assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in TARGETS)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert all((ROOT / link).exists() for link in links), links
+
+
+def test_options_named_in_the_text_exist() -> None:
+    """Every `--option` in backticks, against the settings; those of other commands are named here."""
+    others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json"}
+    known = {"--" + name for name in config.flat(config.Config())} | {"--" + name.replace("_", "-") for name in config.flat(config.Config())}
+    named = {option for code in re.findall(r"`([^`\n]+)`", README) for option in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", code)}
+    assert named
+    assert named - others <= known, named - others - known
+
+
+def test_no_placeholder_is_left() -> None:
+    """The README's numbers are filled in."""
+    assert "@@" not in README
+
+
+def test_unknown_subcommand_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong name ends with exit code 2 and one sentence; no name prints all."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["trian"])
+    assert stopped.value.code == UsageError.exit_code
+    assert "'trian' is not known; possible: data, prepare" in capsys.readouterr().err
+    cli.main([])
+    assert all(name in capsys.readouterr().out.split() for name in ("bench",))
