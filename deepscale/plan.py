@@ -230,13 +230,14 @@ def _memory_choices(config: Config, machine: Machine, **shape: int) -> Config:
     stages = [config.engine.zero] if config.engine.zero != AUTO else ([0, 2, 3] if machine.ranks == 1 else [1, 2, 3])
     offloads = [config.engine.offload] if config.engine.offload != AUTO else (["none", "cpu"] if machine.device == "cuda" else ["none"])
     recomputes = [config.engine.recompute] if config.engine.recompute != AUTO else [False, True]
-    segments = [config.engine.segment] if config.engine.segment != AUTO else sorted({FAST_SEGMENT, smallest_segment(config.model.stage_blocks)})
+    least = smallest_segment(config.model.stage_blocks)
+    segments = [config.engine.segment] if config.engine.segment != AUTO else [FAST_SEGMENT, least]
     options = [
         config.replace(zero=stage, offload=offload, recompute=recompute, segment=segment)
         for offload in offloads
         for stage in stages
         for recompute in recomputes
-        for segment in (segments if recompute else segments[-1:])
+        for segment in (segments if recompute else segments[:1])
         if not (stage == 0 and offload == "cpu") and not (machine.ranks == 1 and config.engine.zero == AUTO and (stage != 0) != (offload == "cpu"))
     ]
     return next((option for option in options if _fits(option, machine, **shape)), options[-1])
