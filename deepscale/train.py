@@ -17,6 +17,7 @@ from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import build_engine, hush
+from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.initial import seed_of
@@ -58,9 +59,10 @@ class Prepared:
 
 def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Prepared:
     """Images, ops and plan, said on screen. Raises UsageError for what is not possible."""
+    _, offload = stage_and_offload(asked)  # a contradiction is refused before data are read or ops are built
     source = load_source(asked.data, screen.say)
     info = source.info
-    cpu_adam = _prepare_ops(asked, screen)
+    cpu_adam = _prepare_ops(asked, offload, screen)
     machine = measure_machine(place)
     planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
@@ -128,11 +130,11 @@ def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Conv
     return model.initialise(settings.recipe.seed).to(place.device)
 
 
-def _prepare_ops(asked: Config, screen: progress.Progress) -> bool:
+def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool:
     """Builds DeepSpeed's CPU optimiser where offload may need it; whether it is there."""
     if asked.engine.engine != "deepspeed":
         return False
-    if asked.engine.offload != "cpu" and asked.engine.deepspeed_config is None and not torch.cuda.is_available():
+    if offload != "cpu" and not (offload == config.AUTO and torch.cuda.is_available()):
         return False
     reason = ops.ensure_ops(["cpu_adam"], screen.say, asked.engine.verbose)["cpu_adam"]
     if reason is not None:
