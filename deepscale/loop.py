@@ -103,7 +103,7 @@ def evaluate(engine: Engine, feed: EvalFeed, world: World, batches: int | None =
     most = math.ceil(math.ceil(feed.images / world.size) / feed.batch)
     own = feed.epoch()
     for _ in range(most if batches is None else min(batches, most)):
-        images, labels = next(own, (feed.blank(), None))
+        images, labels = next(own, None) or (feed.blank(), None)
         logits = engine.forward(images)
         if labels is not None:
             totals += sums(logits, cross_entropy(logits, labels), labels)
@@ -139,13 +139,13 @@ class Fit:
         self.epoch_steps = max(1, run.feeds.train.steps // run.config.recipe.accumulation)
         self.step = 0
         self.begin = time.monotonic()
-        self.step_times: list[float] = []
+        self.warm_s = 0.0  # of all steps but the first, which allocates
 
     def __call__(self) -> Result:
         """Trains to the end, evaluates, and returns what came out."""
         run, recipe = self.run, self.run.config.recipe
         batches = endless(run.feeds.train)
-        steps, every, schedule = self._length(), self._evaluate_every(), None
+        steps, every = self._length(), self._evaluate_every()
         try:
             if steps is None:
                 start(run.engine.optimizer, recipe)
@@ -201,8 +201,7 @@ class Fit:
                 f"validation and test read the first {most:,} images each of their class-balanced order: all of them would take more than "
                 f"{EVALUATION_SHARE:.0%} of the time budget (--eval-images to choose)"
             )
-        warm = self.step_times[1:]
-        step_s = sum(warm) / len(warm) + run.feeds.validation.images * image_s / self._evaluate_every()
+        step_s = self.result.step_s + run.feeds.validation.images * image_s / self._evaluate_every()
         left = budget - (time.monotonic() - self.begin) - wanted * image_s
         longest = run.config.recipe.epochs * self.epoch_steps
         steps = self.step + max(1, min(longest, int(MARGIN * left / step_s)))
@@ -219,14 +218,13 @@ class Fit:
         train_step(run.engine, batches, run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics))
         took = time.monotonic() - begin
         self.step += 1
-        self.step_times.append(took)
+        self.warm_s += took if self.step > 1 else 0.0
         images = int(run.config.data.batch_size)
         result.steps, result.loss = self.step, metrics["train/loss"]
         result.gradient = metrics.get("grad/first_layer_mean_abs", result.gradient)
         if self.step == 1:
             result.first_loss, result.first_gradient = result.loss, result.gradient
-        steady = self.step_times[1:] or self.step_times
-        result.step_s = sum(steady) / len(steady)
+        result.step_s = self.warm_s / (self.step - 1) if self.step > 1 else took
         result.images_per_s = images / result.step_s
         metrics |= {"train/lr": lr, "perf/step_s": took, "perf/images_per_s": images / took}
         run.tracker.log(metrics, self.step)

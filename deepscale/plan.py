@@ -155,7 +155,7 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
 
     Raises UsageError where nothing fits, naming what would.
     """
-    config, reasons = _engine_choices(config, machine)
+    config = _engine_choices(config, machine)
     shape = {"channels": channels, "image_size": image_size, "classes": classes}
     candidates = [c for c in _sizes(config, world.size) if _possible(c, image_size, world.size)]
     if not candidates:
@@ -165,11 +165,11 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
         raise _too_large(config, machine, shape)
     chosen, step_s = _fast_enough(fitting, world, image_size) if world.device.type == "cpu" else (fitting[0], None)
     chosen, step_s = world.agree((chosen, step_s))
-    notes = tuple(reasons + _explain(config, chosen, memory_of(chosen, world.size, **shape), machine, step_s, len(fitting) < len(candidates)))
-    return Plan(chosen, memory_of(chosen, world.size, **shape), step_s, notes)
+    memory = memory_of(chosen, world.size, **shape)
+    return Plan(chosen, memory, step_s, _explain(chosen, memory, machine, step_s, len(fitting) < len(candidates)))
 
 
-def _engine_choices(config: Config, machine: Machine) -> tuple[Config, list[str]]:
+def _engine_choices(config: Config, machine: Machine) -> Config:
     """Device, precision, ZeRO as far as they do not hang on sizes."""
     stage, offload = stage_and_offload(config)
     if config.engine.engine == "torch":
@@ -185,7 +185,7 @@ def _engine_choices(config: Config, machine: Machine) -> tuple[Config, list[str]
     size = config.engine.stack_size if config.engine.stack_size != AUTO else default_stack_size(blocks)
     return config.replace(
         device=machine.device, precision=precision, zero=stage, offload=offload, threads=threads, workers=workers, stack_size=size
-    ).replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init), []
+    ).replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init)
 
 
 def _sizes(config: Config, ranks: int) -> Iterator[Config]:
@@ -301,7 +301,7 @@ def _with_threads(config: Config, world: World, image_size: int) -> tuple[float,
     return (many, config.replace(threads=most)) if one > THREADS_GAIN * many else (one, config.replace(threads=1))
 
 
-def _explain(asked: Config, chosen: Config, memory: Memory, machine: Machine, step_s: float | None, cut: bool) -> list[str]:
+def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | None, cut: bool) -> tuple[str, ...]:
     """The few lines that say what is built and why."""
     model, engine = chosen.model, chosen.engine
     assert isinstance(model.width, int)
@@ -323,4 +323,4 @@ def _explain(asked: Config, chosen: Config, memory: Memory, machine: Machine, st
         f"{memory.device / GIB:.2f} GiB planned of {free / GIB:.1f} GiB free"
         + (f", {memory.states_host / GIB:.2f} GiB on the host" if memory.states_host else "")
     )
-    return lines
+    return tuple(lines)
