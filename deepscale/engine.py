@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 
 from deepscale import engine_config
 from deepscale.config import Config
+from deepscale.models.components import LOW_PRECISION
 from deepscale.optim import build_optimizer
 from deepscale.world import World
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine(Protocol):
@@ -60,7 +59,7 @@ class TorchEngine:
         self.optimizer = build_optimizer(module, config.recipe)
         self.parameters = list(module.parameters())
         self.clip, self.accumulation = config.recipe.clip, config.recipe.accumulation
-        self.dtype = DTYPES.get(config.engine.precision)
+        self.dtype = LOW_PRECISION.get(config.engine.precision)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.engine.precision == "fp16")
         self.parallel = module
         if world.size > 1:

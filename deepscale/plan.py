@@ -16,6 +16,7 @@ from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
+from deepscale.models.components import LOW_PRECISION
 from deepscale.models.convnext import block_spec, count_parameters, default_stack_size, smallest_segment
 from deepscale.models.stack import BlockStack
 from deepscale.world import World
@@ -119,7 +120,7 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
     micro = config.data.batch_size // config.recipe.accumulation // world.size
     side = image_size // config.model.patch_size  # type: ignore[operator]
     total = 0.0
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision)
+    low = LOW_PRECISION.get(config.engine.precision)
     for blocks, _, width in stage_shapes(config.model, micro, image_size):
         # Ranks measure on their own, and not equally often: nothing may wait for another.
         spec = dataclasses.replace(block_spec(config.model, width), sync_batchnorm=False)

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, ModelConfig
+from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, ModelConfig
 from deepscale.models.components import (
     ACTIVATIONS,
     EPS,
     MOMENTUM,
-    NORMS,
     ROW_NORMS,
-    SKIPS,
     BatchStandardise,
     ChannelNorm,
     RunningStatistics,
@@ -43,8 +41,6 @@ def rows(*, seed: int = 0, scale: float = 1.0, shift: float = 0.0, channels: int
 
 def test_the_names_on_the_command_line_are_those_that_exist() -> None:
     assert tuple(ACTIVATIONS) == ACTIVATION_NAMES
-    assert NORMS == NORM_NAMES
-    assert SKIPS == SKIP_NAMES
     assert ROW_NORMS.keys() | {"batchnorm"} == set(NORM_NAMES) == EPS.keys()
 
 

@@ -22,6 +22,9 @@ aten = torch.ops.aten
 EPS = {"layernorm": 1e-6, "rmsnorm": 1e-6, "batchnorm": 1e-5, "none": 0.0}
 MOMENTUM = 0.1
 
+# What --precision makes the branches compute in; the stream stays float32.
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -150,8 +153,6 @@ class BatchStandardise(Standardise):
 
 
 ROW_NORMS: dict[str, type[Standardise]] = {"layernorm": LayerStandardise, "rmsnorm": RMSStandardise, "none": NoStandardise}
-NORMS = ("layernorm", "batchnorm", "rmsnorm", "none")
-SKIPS = ("identity", "none")
 
 
 class RunningStatistics(nn.Module):
