@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ from deepscale.config import Config
 from deepscale.models.components import LOW_PRECISION
 from deepscale.optim import build_optimizer
 from deepscale.world import World
+
+
+class Share(NamedTuple):
+    """A rank's part of a parameter: elements `start` and following of the flat weight, and of its gradient. All ranks' make the whole."""
+
+    start: int
+    gradient: Tensor  # (k,)
+    weight: Tensor  # (k,), the memory that the step changes, perhaps on another device than the gradient
+
+
+def replicated(parameter: nn.Parameter, rank: int = 0, size: int = 1) -> Share:
+    """The rank's part of a parameter that every rank holds whole, with a gradient that every rank has (zeros where there is none)."""
+    start, end = (parameter.numel() * r // size for r in (rank, rank + 1))
+    weight = parameter.detach().reshape(-1)[start:end]
+    gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.reshape(-1)[start:end]
+    return Share(start, gradient, weight)
 
 
 class Engine(Protocol):
@@ -41,6 +57,14 @@ class Engine(Protocol):
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The step's gradient, before clipping, unscaled; between the last backward and step. Every rank must ask."""
+        ...
+
+    def share(self, parameter: nn.Parameter) -> Share:
+        """This rank's part of a parameter and of its gradient, as `gradient` gives it and when it may be asked for. Nothing is sent."""
+        ...
+
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the step's loss by, and with it the gradients of activations; 1 otherwise."""
         ...
 
     def step(self) -> None:
@@ -79,6 +103,12 @@ class TorchEngine:
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad
+
+    def share(self, parameter: nn.Parameter) -> Share:
+        return replicated(parameter, self.world.rank, self.world.size)
+
+    def loss_scale(self) -> float:
+        return float(self.scaler.get_scale())
 
     def step(self) -> None:
         if self.clip:
@@ -129,7 +159,8 @@ class DeepSpeedEngine:
         self.module = module
         self.z0_scaler = self.engine.torch_autocast_z0_gradscaler
         own = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
-        self.loss_scale = LossScale(self.engine.optimizer) if own is not None else None
+        self.scale = LossScale(self.engine.optimizer) if own is not None else None
+        self.world = world
 
     def forward(self, images: Tensor, last: bool = True) -> Tensor:
         logits: Tensor = self.engine(images)
@@ -144,16 +175,51 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad
 
         gradient: Tensor | None = safe_get_full_grad(parameter)
-        if gradient is None:
-            return None
-        if self.loss_scale is not None:
-            return gradient / self.loss_scale.value
-        return gradient if self.z0_scaler is None else gradient / self.z0_scaler.get_scale()
+        return None if gradient is None else self._unscaled(gradient)
+
+    def share(self, parameter: nn.Parameter) -> Share:
+        if hasattr(parameter, "ds_id"):
+            start, gradient, weight = _zero3_share(parameter, self.world.rank)
+        elif hasattr(parameter, "_hp_mapping"):
+            start, gradient, weight = _zero12_share(parameter)
+        else:
+            start, gradient, weight = replicated(parameter, self.world.rank, self.world.size)
+        return Share(start, self._unscaled(gradient), weight)
+
+    def loss_scale(self) -> float:
+        if self.scale is not None:
+            return self.scale.value
+        return 1.0 if self.z0_scaler is None else float(self.z0_scaler.get_scale())
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        scale = self.loss_scale()
+        return gradient if scale == 1.0 else gradient / scale
 
     def step(self) -> None:
         self.engine.step()
-        if self.loss_scale is not None:
-            self.loss_scale.update()
+        if self.scale is not None:
+            self.scale.update()
+
+
+def _zero12_share(parameter: Any) -> Share:
+    """The fragment of a parameter whose optimiser state ZeRO 1 or 2 has put on this rank; empty where there is none."""
+    weight, mapping = parameter.detach().reshape(-1), parameter._hp_mapping
+    if mapping is None:
+        return Share(0, weight[:0], weight[:0])
+    start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+    if gradient.numel() == weight.numel() != numel:
+        gradient = gradient[start : start + numel]
+    return Share(start, gradient.to(weight.device), weight[start : start + numel])
+
+
+def _zero3_share(parameter: Any, rank: int) -> Share:
+    """This rank's partition of a parameter that ZeRO-3 has cut up, without the padding of the last one."""
+    piece = parameter.ds_tensor.ds_numel
+    start = min(rank * piece, parameter.ds_numel)
+    numel = min(piece, parameter.ds_numel - start)
+    gradient = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter).reshape(-1)[:numel]
+    return Share(start, gradient, parameter.ds_tensor.detach().reshape(-1)[:numel])
 
 
 def build_engine(module: nn.Module, config: Config, world: World, cpu_adam: bool = False) -> Engine:

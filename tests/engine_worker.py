@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepscale import ops, world
 from deepscale.checkpoints import gathered_state
 from deepscale.config import Config, EngineConfig
-from deepscale.engine import TorchEngine, build_engine, hush
+from deepscale.engine import build_engine, hush
 from deepscale.loop import train_step
 from deepscale.models.components import commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
@@ -82,17 +82,8 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
         evaluated = engine.forward(global_batch(99)[0]).float()
     return {
         "losses": losses, "gradients": [gradients[0], gradients[-1]], "state": state, "own_statistics": own, "dtypes": dtypes,
-        "evaluated": evaluated, "loss_scale": loss_scale(engine), "settings": engine.settings, "optimizer": type(engine.optimizer).__name__,
+        "evaluated": evaluated, "loss_scale": engine.loss_scale(), "settings": engine.settings, "optimizer": type(engine.optimizer).__name__,
     }  # fmt: skip
-
-
-def loss_scale(engine: Any) -> float:
-    """fp16's loss scale at the end; 1 without one."""
-    if isinstance(engine, TorchEngine):
-        return float(engine.scaler.get_scale())
-    if engine.loss_scale is not None:
-        return float(engine.loss_scale.value)
-    return 1.0 if engine.z0_scaler is None else float(engine.z0_scaler.get_scale())
 
 
 def run_plain(case: dict[str, Any], place: world.World) -> dict[str, Any]:

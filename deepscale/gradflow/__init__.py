@@ -9,5 +9,6 @@
 """
 
 from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Flow, load
+from deepscale.gradflow.recorder import Recorder
 
-__all__ = ["BLOCK_FIELDS", "LAYER_FIELDS", "Flow", "load"]
+__all__ = ["BLOCK_FIELDS", "LAYER_FIELDS", "Flow", "Recorder", "load"]

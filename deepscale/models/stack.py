@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, RunningStatistics, Standardise, batch_moments, batch_rows
+from deepscale.models.observe import BlockObserver
 
 aten = torch.ops.aten
 
@@ -152,6 +153,14 @@ class _Work:
         grads.dw_bias[i].copy_(dw_bias)
         return _rows(dx).to(w.stream).add_(g) if self.spec.skip == "identity" else _rows(dx).to(w.stream)
 
+    def observe(self, observer: BlockObserver, i: int, saved: _Saved, g: Tensor) -> None:
+        """Shows an observer block i in backward: its input, which is the output of the one before, its activation, and its output's gradient."""
+        observer.gradient(i, g)
+        if i:
+            observer.output(i - 1, saved.x)
+        if observer.activations:
+            observer.derivative(i, self.activation.backward(torch.ones_like(saved.h), saved.h, saved.a))
+
 
 class _Gradients:
     """Gradients of a stack's folded weights, filled block by block, then unfolded for all blocks at once."""
@@ -222,10 +231,12 @@ class _StackFunction(torch.autograd.Function):
                 x = work.output(saved, i)
                 if segment == 0:
                     kept.append(saved)
+        if stack.observer is not None and segment is not None:
+            stack.observer.output(weights.blocks - 1, x)
         if moments is not None and stack.training:
             stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
         ctx.save_for_backward(first, *parameters)
-        ctx.spec, ctx.kept, ctx.inputs, ctx.segment = spec, kept, inputs, segment
+        ctx.spec, ctx.kept, ctx.inputs, ctx.segment, ctx.observer = spec, kept, inputs, segment, stack.observer
         ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
         return x
 
@@ -248,7 +259,10 @@ class _StackFunction(torch.autograd.Function):
                 if not saved:
                     first = i - i % ctx.segment
                     saved = _recompute(work, ctx.inputs.pop(), first, i)
-                g = work.backward(g, saved.pop(), i, grads)
+                block = saved.pop()
+                if ctx.observer is not None:
+                    work.observe(ctx.observer, i, block, g)
+                g = work.backward(g, block, i, grads)
             dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
             return dx, None, None, None, None, *grads.unfolded(named).values()
 
@@ -274,8 +288,11 @@ class BlockStack(nn.Module):
 
     Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
     (n, 1) or (n, C). `segment` is the number of blocks recomputed together in backward, from the one input kept for them;
-    0 keeps all. `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch.
+    0 keeps all. `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch. While an `observer`
+    is attached, forward and backward passes with gradients show it every block; they compute the same values.
     """
+
+    observer: BlockObserver | None = None
 
     def __init__(self, spec: BlockSpec, first: int, blocks: int, segment: int = 0, drop_rates: tuple[float, ...] | None = None) -> None:
         super().__init__()

@@ -1,0 +1,61 @@
+"""The blocks of a model while they run on a recorded step: the observers that are attached to them, and what they come to."""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepscale.gradflow.flow import BLOCK_FIELDS
+from deepscale.models.convnext import ConvNeXt
+from deepscale.models.observe import BlockObserver
+
+
+class Observation(Protocol):
+    """Observers of all blocks of a model, in path order."""
+
+    def attach(self, activations: bool) -> None:
+        """Begins to observe every pass; `activations` says whether saturation is counted."""
+        ...
+
+    def detach(self) -> list[BlockObserver]:
+        """Ends it, and gives the observers with their sums."""
+        ...
+
+
+class StackObservation:
+    """The blocks of a ConvNeXt: one observer per stack, which its hand-written backward shows every block (models/stack.py)."""
+
+    def __init__(self, model: ConvNeXt, device: torch.device) -> None:
+        self.stacks = [stack for stage in model.path for stack in stage.path]
+        self.observers = [BlockObserver(stack.blocks, 4 * stack.spec.channels, device) for stack in self.stacks]
+
+    def attach(self, activations: bool) -> None:
+        for stack, observer in zip(self.stacks, self.observers, strict=True):
+            observer.reset(activations)
+            stack.observer = observer
+
+    def detach(self) -> list[BlockObserver]:
+        attached = [stack.observer for stack in self.stacks if stack.observer is not None]
+        for stack in self.stacks:
+            stack.observer = None
+        return attached
+
+
+def statistics(observers: list[BlockObserver], spread: bool, loss_scale: float) -> dict[str, Tensor]:
+    """(N,) each, over the passes of all ranks if they are `spread` over ranks: one message. Empty without observers."""
+    if not observers:
+        return {}
+    ranks = 1
+    if spread:
+        ranks = dist.get_world_size()
+        tensors = [o.sums for o in observers] + [o.saturated for o in observers if o.activations]
+        joined = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(joined)
+        for tensor, values in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+    found = [observer.statistics() for observer in observers]
+    fields = {name: torch.cat([f[name] for f in found]) for name in BLOCK_FIELDS}
+    # A rank's loss is the mean over its own images; the step's is the mean over all ranks'.
+    fields["output_grad_l2"] /= loss_scale * ranks
+    return fields

@@ -1,0 +1,159 @@
+"""Records the gradient of every layer, and what every block does, on chosen steps of any training loop."""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepscale.engine import Engine, Share, replicated
+from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Flow
+from deepscale.gradflow.layers import Layout, layout_of_convnext
+from deepscale.gradflow.measure import Measured
+from deepscale.gradflow.observation import Observation, StackObservation, statistics
+from deepscale.models.convnext import ConvNeXt
+
+RECORDS = 200
+BYTES = 100e6  # of all records
+CHANGE_BYTES = 8 * 2**20  # of weights are copied to see how much a step changes them, or 1/8 of all where that is more
+CHANGE_SHARE = 1 / 8
+
+
+class Recorder:
+    """Records of a model's gradient flow.
+
+        recorder = Recorder(model)
+        for step, (images, labels) in enumerate(batches, 1):
+            recorder.begin(step)                          # only on steps that are to be recorded
+            cross_entropy(model(images), labels).backward()
+            recorder.gradients()                          # when the gradients are complete, before clipping
+            optimizer.step()
+            recorder.finish()                             # what the step changed
+            optimizer.zero_grad()
+        flow = recorder.flow()                            # flow.mean_abs[record, layer]; flow.save(path)
+
+    With an `engine` of deepscale (engine.py), gradients are those that ZeRO has spread over the ranks; every rank must call every
+    method. Without one they are `p.grad` of this process. Memory for `records` records is set aside at once, at most 100 MB; when it
+    is full, every other record is dropped.
+    """
+
+    def __init__(self, model: nn.Module, *, engine: Engine | None = None, records: int = RECORDS) -> None:
+        self.engine = engine
+        self.spread = engine is not None and dist.is_initialized() and dist.get_world_size() > 1
+        self.parameters = dict(model.named_parameters())
+        first = next(iter(self.parameters.values()))
+        self.device = first.device
+        self.layout, self.observation = _parts(model, self.device)
+        layers, blocks = len(self.layout.names), len(self.layout.block_names)
+        self.layers = {name: torch.tensor(rows, device=self.device) for name, rows in self.layout.rows.items()}
+        self.sizes = {name: _elements(self.parameters[name]) // len(rows) for name, rows in self.layout.rows.items()}
+        self.changing = _spread(self.layout, {name: size * len(self.layout.rows[name]) for name, size in self.sizes.items()})
+        dtype = np.float64 if first.dtype == torch.float64 else np.float32
+        width = len(LAYER_FIELDS) * layers + len(BLOCK_FIELDS) * blocks
+        self.capacity = max(2, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
+        self.values = np.empty((self.capacity, width), dtype)
+        self.steps: list[int] = []
+        self.measured: Measured | None = None
+        self.before: dict[str, tuple[Share, Tensor]] = {}
+
+    def begin(self, step: int, activations: bool = True) -> None:
+        """Before the forward passes of a step that is to be recorded; `activations` says whether saturation is counted."""
+        self._next(step)
+        self.observation.attach(activations)
+
+    @torch.no_grad()
+    def gradients(self, step: int | None = None) -> None:
+        """Between the last backward and the step. With `step`, records a step that `begin` was not called for, without its blocks."""
+        if step is not None:
+            self._next(step)
+        measured = Measured(len(self.layout.names), self.device)
+        for name, layers in self.layers.items():
+            share = self._share(name)
+            measured.gradient(layers, share, self.sizes[name])
+            if name in self.changing:
+                self.before[name] = share, share.weight.clone()
+        measured.add_up(self.spread)
+        scale = self.engine.loss_scale() if self.engine is not None else 1.0
+        blocks = statistics(self.observation.detach(), self.spread, scale)
+        nothing = torch.full((len(self.layout.block_names),), torch.nan, dtype=torch.float64, device=self.device)
+        fields = measured.fields() | {"update_ratio": torch.full_like(measured.top, torch.nan)}
+        row = [fields[name] for name in LAYER_FIELDS] + [blocks.get(name, nothing) for name in BLOCK_FIELDS]
+        self.values[len(self.steps) - 1] = torch.cat(row).cpu().numpy()
+        self.measured = measured
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the optimiser's step: how much it changed the weights."""
+        measured = self.measured
+        if measured is None:
+            return
+        for name, (share, before) in self.before.items():
+            measured.change(self.layers[name], share, before, self.sizes[name])
+        self.before, self.measured = {}, None
+        if self.spread:
+            dist.all_reduce(measured.change_square)
+        ratio = (measured.change_square / measured.weight_square).sqrt().cpu().numpy()
+        changing = [layer for name in self.changing for layer in self.layout.rows[name]]
+        self._field("update_ratio")[len(self.steps) - 1, changing] = ratio[changing]
+
+    def flow(self, meta: dict[str, object] | None = None) -> Flow:
+        """All records so far, with `meta` beside them."""
+        count = len(self.steps)
+        fields = {name: self._field(name)[:count] for name in (*LAYER_FIELDS, *BLOCK_FIELDS)}
+        return Flow(np.array(self.steps, np.int64), **self.layout.arrays(), **fields, meta=_said(self.values.dtype) | (meta or {}))
+
+    def _next(self, step: int) -> None:
+        if len(self.steps) == self.capacity:
+            kept = [*range(0, self.capacity - 1, 2), self.capacity - 1]
+            self.values[: len(kept)] = self.values[kept]
+            self.steps = [self.steps[i] for i in kept]
+        self.steps.append(step)
+        self.values[len(self.steps) - 1] = np.nan
+
+    def _field(self, name: str) -> np.ndarray:
+        """(capacity, L or N), a view."""
+        layers, blocks = len(self.layout.names), len(self.layout.block_names)
+        start = 0
+        for field in (*LAYER_FIELDS, *BLOCK_FIELDS):
+            size = layers if field in LAYER_FIELDS else blocks
+            if field == name:
+                return self.values[:, start : start + size]
+            start += size
+        raise KeyError(name)
+
+    def _share(self, name: str) -> Share:
+        parameter = self.parameters[name]
+        return replicated(parameter) if self.engine is None else self.engine.share(parameter)
+
+
+def _parts(model: nn.Module, device: torch.device) -> tuple[Layout, Observation]:
+    assert isinstance(model, ConvNeXt)
+    return layout_of_convnext(model), StackObservation(model, device)
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where ZeRO-3 has cut it up."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _spread(layout: Layout, elements: dict[str, int]) -> list[str]:
+    """The parameters whose change is measured: all where they are few, else those of every k-th stack and what is in no stack."""
+    owners: dict[str, list[str]] = {}
+    for name in elements:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    total = 4 * sum(elements.values())
+    every = math.ceil(total / max(CHANGE_BYTES, CHANGE_SHARE * total))
+    chosen = [names for i, names in enumerate(owners.values()) if i % every == 0 or len(layout.rows[names[0]]) == 1]
+    return [name for names in chosen for name in names]
+
+
+def _said(dtype: np.dtype) -> dict[str, object]:
+    """What was recorded, in words, for the file."""
+    return {
+        "gradients": "of the whole optimiser step's mean loss: averaged over ranks and micro batches, before clipping, without fp16's scale",
+        "layers": "weights of convolutions, linear layers and gammas; no biases, no norms",
+        "update_ratio": "from copies of some stacks' weights, spread over the path; NaN on the others",
+        "saturation": "not counted on every record, NaN where it was not",
+        "precision": str(dtype),
+    }
