@@ -1,0 +1,238 @@
+"""What a record of gradient flow says: a verdict in words, a few numbers for charts, and capped curves against depth.
+
+The verdict rests on the gradient with respect to the block outputs and on the stem. Weights inside a block say little
+about depth: with LayerScale (arXiv:2103.17239) gamma 0 their gradient is exactly 0 by construction, with 1e-6 a
+millionth; and without a skip their gradient is signal times gradient, which stays level where the one falls as the other
+grows. Only a model without observed blocks is judged by its weights.
+
+Slopes are positive where the gradient grows with depth, that is where it falls on its way back to the image.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deepscale.errors import UsageError
+from deepscale.gradflow.flow import Flow, Integers
+from deepscale.gradflow.values import Bools, Doubles, closed_by_gamma, depth_curve, only_zeros, owners, slope
+
+__all__ = ["LABELS", "Thresholds", "Verdict", "depth_curve", "scalars", "verdict"]
+
+HEALTHY, VANISHING, EXPLODING, DEAD, NONFINITE = LABELS = ("healthy", "vanishing", "exploding", "dead layers", "non-finite")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on a gradient is called ill.
+
+    The defaults are measured on ConvNeXts of 26 to 10,001 layers at initialisation, width 8 and 16. With a skip and gamma 0,
+    1e-6, 1 or none the first block's gradient is 4e-4 to 1.7 times the last block's, for every activation and norm (the least
+    is sigmoid at 10,001 layers; norm none is 4e-3 at every depth, which the four downsamplings make). Without a skip it is
+    9 times at 26 layers, which trains, 1e-6 at 110, and 5e-10 to exactly 0 at 1,004. BatchNorm without a skip, its signal kept alive by a gamma
+    of 50, explodes (arXiv:1902.08129): 26 times at 26 layers, 9,000 times at 110.
+    """
+
+    vanishing_ratio: float = 1e-4  # first block's gradient over the last block's; below it: vanishing
+    exploding_ratio: float = 1e3  # largest block's gradient over the last block's; above it: exploding
+    exploding_l2: float = 1e4  # of any weight's gradient; healthy networks stay below 20
+    negligible: float = 1e-8  # median mean |g| of a model without observed blocks: AdamW's default eps, below which it does not move
+    dead_share: float = 1.0  # of a block's activation units
+    dead_layers: int = 1  # weights and blocks from which on the network is called by its dead layers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of LABELS, a sentence that begins with it and holds the numbers it rests on, and these numbers by name."""
+
+    label: str
+    sentence: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What one record shows. Masks are (L,) over layers; depth's effect is read from P points: block outputs, or else weights."""
+
+    flow: Flow
+    limits: Thresholds
+    depths: Integers  # (P,)
+    values: Doubles  # (P,)
+    on_blocks: bool
+    ratio: float  # first point over last; NaN where not defined
+    largest: float  # over the last point
+    slope: float
+    closed: Bools
+    dead: Bools
+    dead_blocks: int
+    nonfinite: Bools
+    l2: Doubles  # (L,)
+    first_is_zero: bool  # the stem's gradient
+
+    def layer(self, index: int) -> str:
+        """A layer's name and place."""
+        return f"{str(self.flow.layer_names[index]).removesuffix('.weight')} (layer {self.flow.layer_depths[index]:,})"
+
+
+def verdict(flow: Flow, record: int = -1, thresholds: Thresholds | None = None) -> Verdict:
+    """How the gradient of one record flows. Where several labels hold, it is the gravest: non-finite, vanishing, exploding, dead layers.
+
+    Raises UsageError for a run without records.
+    """
+    found = _examine(flow, record, thresholds or Thresholds())
+    judged = {NONFINITE: _nonfinite(found), VANISHING: _vanishing(found), EXPLODING: _exploding(found), DEAD: _dead(found)}
+    label, why = next(((label, why) for label, why in judged.items() if why), (HEALTHY, _over_depth(found) or "all gradients are finite"))
+    closed = int(found.closed.sum())
+    return Verdict(label, f"{label}: {why}" + (f"; {closed:,} weights closed by gamma" if closed else ""), _numbers(found))
+
+
+def scalars(flow: Flow, record: int = -1) -> dict[str, float]:
+    """One record in a handful of finite numbers for MLflow; one that is not defined is left out, never replaced.
+
+    `grad/first_layer_mean_abs` is the stem's, `grad/last_layer_mean_abs` the head's; least and largest are over the weights
+    that gamma does not close. Ratio, slope and zeros are those of `verdict`. Raises UsageError for a run without records.
+    """
+    found = _examine(flow, record, Thresholds())
+    mean_abs, path = np.asarray(flow.mean_abs[record], np.float64), np.flatnonzero(flow.weights)
+    values = {"first_layer_mean_abs": float(mean_abs[path[0]]), "last_layer_mean_abs": float(mean_abs[path[-1]])}
+    finite = mean_abs[flow.weights & ~found.closed & np.isfinite(mean_abs)]
+    if len(finite):
+        values |= {"min_mean_abs": float(finite.min()), "max_mean_abs": float(finite.max())}
+    return {f"grad/{name}": value for name, value in (values | _numbers(found)).items() if np.isfinite(value)}
+
+
+def _examine(flow: Flow, record: int, limits: Thresholds) -> _Findings:
+    if not len(flow.steps):
+        raise UsageError("the run has no record of gradient flow to judge; train it with --record-every auto")
+    closed, zero = closed_by_gamma(flow, record), only_zeros(flow, record)
+    outputs = np.asarray(flow.output_grad_l2[record], np.float64)
+    on_blocks = bool((~np.isnan(outputs)).any())
+    depths, values, groups = (flow.block_depths, outputs, flow.block_groups) if on_blocks else _weights_as_points(flow, record)
+    known = values[~np.isnan(values)]
+    defined = len(known) > 0 and 0 < known[-1] < np.inf
+    with np.errstate(invalid="ignore"):
+        dead_blocks = int((flow.dead[record] >= limits.dead_share).sum())
+        # A norm may overflow where every value is finite; the mean of a gradient with a NaN is not a number either.
+        nonfinite = (flow.nonfinite[record] > 0) | np.isinf(flow.mean_abs[record])
+    return _Findings(
+        flow, limits, depths, values, on_blocks,
+        ratio=float(known[0] / known[-1]) if defined else np.nan,
+        largest=float(known.max() / known[-1]) if defined else np.nan,
+        slope=slope(values, depths, groups),
+        closed=closed,
+        dead=zero & flow.weights & ~closed & ~_behind_zero(flow, outputs),
+        dead_blocks=dead_blocks,
+        nonfinite=nonfinite,
+        l2=np.where(flow.weights, np.asarray(flow.l2[record], np.float64), np.nan),
+        first_is_zero=bool(zero[np.flatnonzero(flow.weights)[0]]),
+    )  # fmt: skip
+
+
+def _weights_as_points(flow: Flow, record: int) -> tuple[Integers, Doubles, Integers]:
+    """(depths, mean |g|, groups) of the weights that stand for the blocks: all but those in blocks with a gamma, which are as small as it."""
+    own = owners(flow)
+    scaled = {owner for owner, kind in zip(own, flow.layer_kinds, strict=True) if kind == "gamma"}
+    points = flow.weights & np.array([owner not in scaled for owner in own], bool)
+    return flow.layer_depths[points], np.asarray(flow.mean_abs[record], np.float64)[points], np.zeros(int(points.sum()), np.int64)
+
+
+def _behind_zero(flow: Flow, outputs: Doubles) -> Bools:
+    """(L,) layers whose own or next block output has gradient exactly 0: nothing reaches them."""
+    if not len(outputs):
+        return np.zeros(len(flow.layer_names), bool)
+    # A downsampling has the depth of the block before it, and the gradient of the one after.
+    after = np.searchsorted(flow.block_depths, flow.layer_depths, side="right")
+    following = np.where(flow.layer_kinds == "downsample", after, np.searchsorted(flow.block_depths, flow.layer_depths))
+    return np.asarray((outputs[np.minimum(following, len(outputs) - 1)] == 0) & (following < len(outputs)))
+
+
+def _numbers(found: _Findings) -> dict[str, float]:
+    numbers = {
+        "first_last_ratio": found.ratio,
+        "largest_last_ratio": found.largest,
+        "slope_decades_per_1000_layers": found.slope,
+        "nonfinite_layers": found.nonfinite.sum(),
+        "zero_blocks": (found.values == 0).sum() if found.on_blocks else np.nan,
+        "dead_layers": found.dead.sum() + found.dead_blocks,
+        "closed_by_gamma": found.closed.sum(),
+    }
+    return {name: float(value) for name, value in numbers.items() if np.isfinite(value)}
+
+
+def _nonfinite(found: _Findings) -> str:
+    where = np.flatnonzero(found.nonfinite)
+    if not len(where):
+        return ""
+    # Backward goes from the head to the image: what is nearest to the head was hit first.
+    origin = found.layer(where[-1])
+    return f"the gradients of {len(where):,} of {len(found.nonfinite):,} layers hold NaN or infinity, on the way back to the image first {origin}"
+
+
+def _vanishing(found: _Findings) -> str:
+    recorded = ~np.isnan(found.values)
+    known = found.values[recorded]
+    if found.on_blocks and known[0] == 0:
+        run = int(np.argmax(known != 0)) if known.any() else len(known)  # block outputs from the first on
+        place = f"{run:,} of {len(known):,} block outputs, from layer {found.depths[recorded][run - 1]:,} back to the first"
+        return f"the gradient is exactly 0 at {place}{_slope(found)}{_layers(found)}"
+    if found.ratio < found.limits.vanishing_ratio:
+        return _over_depth(found) + (f", but {_bulge(found)}" if found.largest > found.limits.exploding_ratio else "")
+    if found.first_is_zero:
+        return f"the gradient of {found.layer(int(np.flatnonzero(found.flow.weights)[0]))} is exactly 0"
+    if not found.on_blocks and len(known) and (middle := float(np.median(known))) < found.limits.negligible:
+        return f"the median layer's mean |g| is {_number(middle)}, below {found.limits.negligible:.0e}{_layers(found)}"
+    return ""
+
+
+def _exploding(found: _Findings) -> str:
+    if found.ratio > found.limits.exploding_ratio:
+        return _over_depth(found)
+    if found.largest > found.limits.exploding_ratio:
+        return _bulge(found) + _layers(found)
+    l2 = np.nan_to_num(found.l2, nan=0.0, posinf=np.inf)
+    if l2.max() > found.limits.exploding_l2:
+        return f"the gradient of {found.layer(int(l2.argmax()))} has L2 norm {_number(l2.max())}, over {found.limits.exploding_l2:,.0f}"
+    return ""
+
+
+def _dead(found: _Findings) -> str:
+    layers = np.flatnonzero(found.dead)
+    if len(layers) + found.dead_blocks < max(1, found.limits.dead_layers):
+        return ""
+    weights = (
+        f"{len(layers):,} of {int(found.flow.weights.sum()):,} weights get only zeros, the first is {found.layer(layers[0])}" if len(layers) else ""
+    )
+    blocks = (
+        f"{found.dead_blocks:,} of {len(found.flow.block_names):,} blocks have only dead or saturated activation units" if found.dead_blocks else ""
+    )
+    return "; ".join(part for part in (weights, blocks) if part)
+
+
+def _over_depth(found: _Findings) -> str:
+    """The first over the last, and the slope between; empty where they are not defined."""
+    if not np.isfinite(found.ratio):
+        return ""
+    what, place = ("the gradient at the first block's output", "block") if found.on_blocks else ("mean |g| of the first layer", "layer")
+    return f"{what} is {_times(found.ratio)} the last {place}'s{_slope(found)}{_layers(found)}"
+
+
+def _bulge(found: _Findings) -> str:
+    return f"at layer {found.depths[np.nanargmax(found.values)]:,} it is {_times(found.largest)} the last {'block' if found.on_blocks else 'layer'}'s"
+
+
+def _slope(found: _Findings) -> str:
+    if not np.isfinite(found.slope):
+        return ""
+    size = "less than 0.01" if abs(found.slope) < 0.01 else _number(abs(found.slope))
+    return f"; towards the image it {'falls' if found.slope > 0 else 'grows'} by {size} decades per 1,000 layers"
+
+
+def _layers(found: _Findings) -> str:
+    return f" over {found.flow.depth:,} layers"
+
+
+def _times(ratio: float) -> str:
+    return f"{_number(ratio)} times" if ratio >= 1 else f"{_number(ratio)} of"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= value < 1e5 else f"{value:.2g}"
