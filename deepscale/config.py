@@ -257,6 +257,11 @@ class TrackingConfig:
 
     tracking: bool = _switch(True, "record the run in MLflow (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     experiment: str = _option("deepscale", "MLflow experiment")
+    record_every: int | Auto = _option(
+        AUTO, "optimiser steps between records of every layer's gradient; auto: dense early, sparse later; 0: none", _auto(_integer(0))
+    )
+    vanishing_ratio: float = _option(1e-4, "the gradient vanishes where the first block's is below this share of the last block's", _real(0.0, 1.0))
+    exploding_ratio: float = _option(1e3, "the gradient explodes where a block's is more than this many times the last block's", _real(1.0))
     run_name: str | None = _option(None, "name of the run; default: made of depth and what differs from the defaults")
     checkpoint_dir: str | None = _option(None, "folder for the trained weights (model.safetensors); default: not saved")
 

@@ -21,6 +21,7 @@ from deepscale.models.components import average_running_statistics, commit_runni
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.optim import build_schedule, start
 from deepscale.progress import Progress
+from deepscale.records import Records
 from deepscale.tracking import Tracker
 from deepscale.world import World
 
@@ -62,6 +63,7 @@ class Run:
     feeds: Feeds
     tracker: Tracker
     progress: Progress
+    records: Records
 
 
 def train_step(engine: Engine, batches: Batches, accumulation: int, world: World, inspect: Callable[[Tensor], None]) -> None:
@@ -153,6 +155,7 @@ class Fit:
                     self._one(batches)
                 steps = self._calibrated()
             run.progress.total_steps = self.result.planned_steps = steps
+            run.records.length(steps)
             evaluated = run.feeds.validation.images + run.feeds.test.images
             run.tracker.parameters({"resolved_steps": steps, "resolved_eval_every": every, "resolved_eval_images": evaluated})
             schedule = build_schedule(run.engine.optimizer, recipe, steps)
@@ -215,7 +218,9 @@ class Fit:
         begin = time.monotonic()
         lr = run.engine.optimizer.param_groups[0]["lr"]
         metrics: dict[str, float] = {}
+        run.records.begin(self.step + 1)
         train_step(run.engine, batches, run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics))
+        metrics |= run.records.finish()
         took = time.monotonic() - begin
         self.step += 1
         self.warm_s += took if self.step > 1 else 0.0
@@ -232,17 +237,25 @@ class Fit:
         run.progress.update(self.step, loss=result.loss, accuracy=metrics["train/accuracy"], images_per_s=images / took, remaining_s=left)
 
     def _inspect(self, totals: Tensor, metrics: dict[str, float]) -> None:
-        """Between backward and step: a loss that is not finite stops the run; the first layer's gradient is recorded."""
-        loss, correct, images = totals.tolist()
-        metrics |= {"train/loss": loss / images, "train/accuracy": correct / images}
+        """Between backward and step: a loss that is not finite stops the run; gradients are recorded where they are to be.
+
+        What is read is read at once: on a GPU each reading waits for it.
+        """
+        first = self._first_layer() if self.step % GRADIENT_EVERY == 0 else {}
+        loss, correct, images, *means = torch.stack([*totals, *first.values()]).tolist()
+        metrics |= {"train/loss": loss / images, "train/accuracy": correct / images} | dict(zip(first, means, strict=True))
         if not math.isfinite(loss):
             raise stopped_at_nonfinite(self.run, self.step + 1, loss)
-        if self.step % GRADIENT_EVERY == 0:
-            conv = self.run.model.stem.conv
-            for name, parameter in conv.named_parameters():
-                gradient = self.run.engine.gradient(parameter)
-                if gradient is not None:
-                    metrics["grad/first_layer_mean_abs" + ("_bias" if name == "bias" else "")] = gradient.abs().mean().item()
+        self.run.records.gradients()
+
+    def _first_layer(self) -> dict[str, Tensor]:
+        """Mean |g| of the first layer's weight and bias, float64 scalars, as the original study plots them."""
+        gradients = {name: self.run.engine.gradient(parameter) for name, parameter in self.run.model.stem.conv.named_parameters()}
+        return {
+            "grad/first_layer_mean_abs" + ("_bias" if name == "bias" else ""): gradient.abs().mean().double()
+            for name, gradient in gradients.items()
+            if gradient is not None
+        }
 
     def _validate(self) -> None:
         run = self.run
@@ -257,6 +270,7 @@ class Fit:
 
 def stopped_at_nonfinite(run: Run, step: int, loss: float) -> NonFiniteError:
     """The error for a loss that turned non-finite, naming the step and the layer."""
+    run.records.stopped(step)
     layer = first_nonfinite(run.model, run.engine)
     where = f"the first layer whose gradient is not finite is {layer}" if layer else "all gradients are still finite"
     return NonFiniteError(f"the loss became {loss} at step {step}; {where}. {ADVICE}")

@@ -1,13 +1,22 @@
-"""Where the package's own files lie: in a clone, and in an installed package.
+"""Where a run's files lie, and the package's own: in a clone, and in an installed package.
 
 A clone keeps `ds_configs/` at its top level, where a user looks for it; a wheel carries the same folder inside the package.
 """
 
+import os
+import re
+import time
 from pathlib import Path
 
 from deepscale.errors import UsageError, unknown_choice
 
 PACKAGE = Path(__file__).resolve().parent
+
+
+def run_folder(run_name: str) -> Path:
+    """The folder of a run that begins now, beside all others in `runs/` of the working folder; not made yet."""
+    name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", run_name)[:100]
+    return Path("runs").absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def ds_config_folder() -> Path:

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from deepscale.config import TrackingConfig
 from deepscale.errors import MissingPackageError
+from deepscale.paths import run_folder
 from deepscale.tracking_store import DEFAULT_STORE, Op, Store, clean_key, import_mlflow, shown, sqlite_path, store_uri
 from deepscale.tracking_system import SystemSampler
 from deepscale.tracking_writer import Writer
@@ -244,10 +245,12 @@ def open_tracker(
     dataset: DatasetLike | None,
     rank: int,
     warn: Callable[[str], None],
+    folder: Path | None = None,
 ) -> Tracker:
     """The tracker of this process: MLflow on rank 0, nothing elsewhere or when switched off.
 
-    Never raises for the store; `warn` gets one sentence for a store that fails, also from the background thread.
+    What cannot be sent is kept in `folder`, by default one under `runs/` with the run's name. Never raises for the store; `warn` gets
+    one sentence for a store that fails, also from the background thread.
     """
     if rank != 0 or not tracking.tracking:
         return NullTracker()
@@ -255,7 +258,7 @@ def open_tracker(
         warn(f"{MissingPackageError('mlflow', None, 'tracking')}; this run is not recorded")
         return NullTracker()
     store = Store(store_uri(), tracking.experiment, run_name, _now_ms())
-    tracker = MlflowTracker(Writer(store, Path("runs").absolute(), warn), warn)
+    tracker = MlflowTracker(Writer(store, folder or run_folder(run_name), warn), warn)
     tracker.open()
     tracker.parameters(parameters)
     tracker.tags(tags)

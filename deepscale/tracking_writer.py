@@ -8,8 +8,6 @@ more; a file that remains can be sent later by `resend`. The file's first line n
 
 import json
 import math
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +25,7 @@ UNSENT_NAME = "unsent_metrics.jsonl"
 
 
 class UnsentFile:
-    """Operations kept as JSON lines; safe to use from several threads. The path is fixed by the first write."""
+    """Operations kept as JSON lines in the run's folder; safe to use from several threads. `path` is None until the first write."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
@@ -40,10 +38,7 @@ class UnsentFile:
         """Appends operations. Raises OSError where the folder cannot be written."""
         with self._lock:
             lines = []
-            if self.path is None:
-                stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._store.start_ms / 1000))
-                name = self._store.run_id or f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self._store.run_name)}-{stamp}-{os.getpid()}"
-                self.path = self._folder / name / UNSENT_NAME
+            self.path = self._folder / UNSENT_NAME
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Named again once the run exists: the last header counts.
             if not self.path.exists() or self._named_run != self._store.run_id:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepscale import checkpoints, config, errors, loop, memory, ops, plan, progress, tracking, world
+from deepscale import checkpoints, config, errors, loop, memory, ops, paths, plan, progress, tracking, world
 from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
@@ -21,6 +21,7 @@ from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.initial import seed_of
+from deepscale.records import Records
 
 EVALUATION_BATCH = 256  # images per rank; without gradients a batch keeps nothing
 
@@ -92,25 +93,33 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
     base = memory.reset_peak(place.device)
     model = build_model(settings, info, place)
     engine = build_engine(model, settings, place, run.cpu_adam)
+    name = settings.tracking.run_name or run_name(run.asked, settings)
+    folder = paths.run_folder(name)
+    parameters = described(run.asked, settings, run.plan, run.feeds, place)
     tracker = tracking.open_tracker(
         settings.tracking,
-        run_name=settings.tracking.run_name or run_name(run.asked, settings),
-        parameters=described(run.asked, settings, run.plan, run.feeds, place),
+        run_name=name,
+        parameters=parameters,
         tags={"dataset": info.name, "feed": run.feeds.name, "engine": engine.name},
         dataset=info,
         rank=place.rank,
         warn=screen.warn,
+        folder=folder,
     )
     tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
+    records = Records(model, engine, settings, tracker, screen)
     status = "FAILED"
     try:
-        result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen))()
+        try:
+            result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records))()
+        finally:  # also of a run that stopped: there they are wanted most
+            flow_rows = records.keep(folder, name, parameters) if place.is_main else {}
         if settings.tracking.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
             if place.is_main:
                 checkpoints.save(Path(settings.tracking.checkpoint_dir), state, settings, info)
         peak = memory.peak_bytes(place.device)
-        rows = summary(settings, run.plan, info, result, peak, base)
+        rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
         tracker.log({"perf/peak_memory_bytes": peak, "perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
         status = "FINISHED"
@@ -151,6 +160,7 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
     return values | {
         "built_depth": settings.model.built_depth,
         "parameters": planned.memory.parameters,
+        "planned_memory_bytes": int(planned.memory.total),
         "resolved_dataset": feeds.info.name,
         "resolved_feed": feeds.name,
         "ranks": place.size,

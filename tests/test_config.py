@@ -67,6 +67,9 @@ OTHER: dict[str, tuple[str, Any]] = {
     "verbose": ("", True),
     "tracking": ("", False),
     "experiment": ("depth", "depth"),
+    "record_every": ("25", 25),
+    "vanishing_ratio": ("1e-3", 1e-3),
+    "exploding_ratio": ("100", 100.0),
     "run_name": ("first", "first"),
     "checkpoint_dir": ("runs", "runs"),
 }

@@ -391,7 +391,8 @@ def test_a_server_that_dies_in_the_middle(server: FakeServer, folder: Path, retu
         assert len(warnings) == 2 and "works again" in warnings[1] and server.calls[-1] == "runs/update"
     else:
         assert on_server == set(range(30)) and [step for step, _ in kept_metrics(folder)] == list(range(30, 60))
-        assert len(warnings) == 1 and unsent(folder).parent.name == "abc"
+        header = read_file(unsent(folder))[0]
+        assert len(warnings) == 1 and header["run_id"] == "abc" and unsent(folder).parent.name.startswith("26_layers-")
     assert tracker.view_command().endswith("/#/experiments/7/runs/abc")
 
 

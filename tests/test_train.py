@@ -138,7 +138,7 @@ def test_a_run_on_one_rank_with_a_time_budget(launch: Launch, tmp_path: Path) ->
     assert len(losses) == int(run.settings["resolved_steps"]) > loop.CALIBRATION_STEPS
     assert sum(losses[-5:]) < sum(losses[:5])
     assert run.last["perf/seconds"] < 2 * budget
-    assert list(run.curve("grad/first_layer_mean_abs"))[:2] == [1, 11] if len(losses) > 10 else [1]
+    assert {1, 11} <= set(run.curve("grad/first_layer_mean_abs")) if len(losses) > 10 else {1}
     known = {"train/accuracy", "train/lr", "val/loss", "val/accuracy", "test/loss", "test/accuracy"}
     known |= {"perf/step_s", "perf/images_per_s", "perf/peak_memory_bytes", "grad/first_layer_mean_abs_bias"}
     assert known <= set(run.last)

@@ -45,6 +45,7 @@ class Recorder:
         first = next(iter(self.parameters.values()))
         self.device = first.device
         self.layout, self.observation = _parts(model, self.device)
+        self.static = self.layout.arrays()
         layers, blocks = len(self.layout.names), len(self.layout.block_names)
         self.layers = {name: torch.tensor(rows, device=self.device) for name, rows in self.layout.rows.items()}
         self.sizes = {name: _elements(self.parameters[name]) // len(rows) for name, rows in self.layout.rows.items()}
@@ -101,7 +102,7 @@ class Recorder:
         """All records so far, with `meta` beside them."""
         count = len(self.steps)
         fields = {name: self._field(name)[:count] for name in (*LAYER_FIELDS, *BLOCK_FIELDS)}
-        return Flow(np.array(self.steps, np.int64), **self.layout.arrays(), **fields, meta=_said(self.values.dtype) | (meta or {}))
+        return Flow(np.array(self.steps, np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
 
     def _next(self, step: int) -> None:
         if len(self.steps) == self.capacity:
