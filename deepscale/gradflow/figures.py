@@ -1,0 +1,191 @@
+"""Pictures of gradient flow: a heatmap of depth against steps, and records overlaid against depth.
+
+Logarithms are taken of positive values only; exact zeros, what is not finite and what is not recorded have colours of their own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepscale.errors import MissingPackageError, UsageError
+from deepscale.gradflow.flow import Flow
+from deepscale.gradflow.values import Doubles, closed_by_gamma, depth_curve, geometric
+
+ROWS = 1000  # of a heatmap, at most
+TICKS = 8
+# Okabe and Ito's palette, told apart by colour-blind readers; the yellow is left out on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":")
+# Cells without a logarithm: what they are called, and a colour that viridis does not have.
+CLOSED, ZERO, NONFINITE, NOTHING = "exactly 0: closed by gamma", "exactly 0", "NaN or infinite", "not recorded"
+CELLS = {CLOSED: "#e3e3e3", ZERO: "#8f8f8f", NONFINITE: "#d7191c", NOTHING: "#ffffff"}
+
+
+def heatmap(flow: Flow, path: Path) -> Path:
+    """Writes a PNG of depth (down) against records (right): the gradient at the block outputs, and mean |g| of the weights.
+
+    Records are evenly spaced and labelled by their steps. Layers beyond `ROWS` are averaged geometrically in bins. Gammas and
+    downsamplings, which have no depth of their own, are left out. Raises UsageError for a run without records.
+    """
+    if not len(flow.steps):
+        raise UsageError("the run has no record of gradient flow to draw; train it with --record-every auto")
+    pyplot = _pyplot()
+    closed = np.stack([closed_by_gamma(flow, record) for record in range(len(flow.steps))])
+    own = flow.weights & (flow.layer_kinds != "downsample")
+    nonfinite = np.where(np.nan_to_num(flow.nonfinite) > 0, np.inf, flow.mean_abs)
+    panels = [("mean |g| of the weights, by layer", flow.layer_depths[own], nonfinite[:, own], closed[:, own])]
+    if len(flow.block_names) and not np.isnan(flow.output_grad_l2).all():
+        outputs = _unless_finite(np.asarray(flow.output_grad_l2, np.float64))
+        panels.insert(0, ("gradient at the block outputs, L2 norm", flow.block_depths, outputs, np.zeros(outputs.shape, bool)))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.8), layout="constrained", squeeze=False)
+    seen: set[str] = set()
+    for axis, (title, depths, values, shut) in zip(axes[0], panels, strict=True):
+        seen |= _panel(axis, values, shut)
+        axis.set_title(title, fontsize=10)
+        _label_steps(axis, flow.steps)
+        _label_depths(axis, depths)
+    axes[0, 0].set_ylabel("layer, from the image down to the head")
+    if seen:
+        patches = [pyplot.Rectangle((0, 0), 1, 1, facecolor=CELLS[name], edgecolor="#8f8f8f", linewidth=0.5) for name in CELLS if name in seen]
+        figure.legend(patches, [name for name in CELLS if name in seen], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(f"{flow.meta.get('run_name', 'gradient flow')} · {flow.depth:,} layers", fontsize=11)
+    return _saved(pyplot, figure, path)
+
+
+def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1) -> Path:
+    """Writes a PNG of one record of each flow against depth: the gradient at the block outputs, and the signal's standard deviation.
+
+    Flows of different depths are drawn on relative depth. Raises UsageError where there is nothing to draw.
+    """
+    drawn = {name: flow for name, flow in flows.items() if len(flow.steps) and len(flow.block_names)}
+    if not drawn:
+        raise UsageError("there is nothing to draw: no record with observed block outputs was given")
+    pyplot = _pyplot()
+    relative = len({flow.depth for flow in drawn.values()}) > 1
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    sides = (("output_grad_l2", "gradient at the block outputs, L2 norm", 0), ("output_std", "signal: standard deviation of the block outputs", -1))
+    for axis, (name, title, end) in zip(axes, sides, strict=True):
+        ends, zeros = [], False
+        for i, (label, flow) in enumerate(drawn.items()):
+            points = np.array(depth_curve(flow, record, name), np.float64).reshape(-1, 2)
+            x, y = points[:, 0] / (flow.depth if relative else 1), points[:, 1]
+            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+            axis.plot(x, np.where(y > 0, y, np.nan), linewidth=1.6, **look)
+            gone = x[y == 0]
+            # Side by side at the lower edge, for no logarithm has a place for it.
+            axis.plot(gone, np.full(len(gone), 0.012 + 0.022 * i), ".", markersize=2.5, color=look["color"], transform=axis.get_xaxis_transform())
+            zeros |= len(gone) > 0
+            ends.append((label, look["color"], (x[end], y[end]) if len(y) else None))
+        axis.set_yscale("log")
+        axis.set_title(title + ("  (dots at the lower edge: exactly 0)" if zeros else ""), fontsize=10)
+        axis.set_xlabel("depth, share of the layers" if relative else "layer, from the image to the head")
+        axis.grid(alpha=0.25)
+        _label_ends(axis, ends, left=end == 0)
+    axes[0].yaxis.tick_right()
+    return _saved(pyplot, figure, path)
+
+
+def _panel(axis: Any, values: NDArray[Any], closed: NDArray[np.bool_]) -> set[str]:
+    """Draws values (S, P) in at most ROWS rows; the kinds of cells without a logarithm that are in it."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, to_rgba
+
+    count = min(ROWS, values.shape[1])
+    bins = np.arange(values.shape[1]) * count // values.shape[1]
+    cells = geometric(values, bins, count).T  # (rows, S)
+    shut = geometric(closed.astype(np.float64), bins, count).T > 0
+    positive = cells[(cells > 0) & np.isfinite(cells)]
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.1, 1.0)
+    if high < 10 * low:  # noise within a decade is not spread over all colours
+        low, high = low / 10**0.5, high * 10**0.5
+    scale, colours = LogNorm(low, high), colormaps["viridis"]
+    image = colours(scale(np.where((cells > 0) & np.isfinite(cells), cells, low)))
+    kinds = {CLOSED: (cells == 0) & shut, ZERO: (cells == 0) & ~shut, NONFINITE: np.isinf(cells), NOTHING: np.isnan(cells)}
+    for name, where in kinds.items():
+        image[where] = to_rgba(CELLS[name])
+    axis.imshow(image, aspect="auto", interpolation="nearest")
+    axis.figure.colorbar(ScalarMappable(scale, colours), ax=axis, pad=0.02)
+    return {name for name, where in kinds.items() if where.any()}
+
+
+def _unless_finite(values: Doubles) -> Doubles:
+    """NaN beside recorded values of the same record stands for a gradient that is no number; alone, for not recorded."""
+    recorded = ~np.isnan(values).all(1, keepdims=True)
+    return np.where(np.isnan(values) & recorded, np.inf, values)
+
+
+def _label_steps(axis: Any, steps: NDArray[np.int64]) -> None:
+    shown = np.unique(np.round(np.linspace(0, len(steps) - 1, TICKS)).astype(int))
+    axis.set_xticks(shown, [f"{steps[i]:,}" for i in shown])
+    axis.set_xlabel("optimiser step")
+
+
+def _label_depths(axis: Any, depths: NDArray[np.int64]) -> None:
+    """Layer numbers beside the rows; rows are evenly spaced over the layers shown."""
+    rows = min(ROWS, len(depths))
+    first, last = int(depths[0]), int(depths[-1])
+    step = next(size * 10**power for power in range(6) for size in (1, 2, 5) if size * 10**power * TICKS >= last - first)
+    inner = (layer for layer in range(step, last, step) if min(layer - first, last - layer) >= step / 2)
+    wanted = [first, *inner, last] if last > first else [first]
+    places = np.interp(wanted, depths, np.arange(len(depths))) * rows / len(depths)
+    axis.set_yticks(np.clip(places, 0, rows - 1), [f"{layer:,}" for layer in wanted])
+
+
+def _label_ends(axis: Any, ends: list[tuple[str, str, tuple[float, float] | None]], left: bool) -> None:
+    """Names beside the ends of the lines, apart from each other, each joined to its line."""
+    to_share = axis.transData + axis.transAxes.inverted()
+    axis.margins(x=0.01)
+    axis.figure.canvas.draw()  # settles the limits
+    places = []
+    for label, colour, end in ends:
+        at = to_share.transform((end[0], end[1]))[1] if end and end[1] > 0 else 0.0
+        places.append((float(np.clip(np.nan_to_num(at), 0, 1)), label, colour))
+    gap = min(0.06, 1 / max(1, len(places)))
+    places.sort(key=lambda place: place[0])
+    heights = _apart([place[0] for place in places], gap)
+    edge, text = (0.0, -0.06) if left else (1.0, 1.06)
+    for (at, label, colour), height in zip(places, heights, strict=True):
+        axis.annotate(
+            label, (edge, at), (text, height), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=8,
+            ha="right" if left else "left", va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+        )  # fmt: skip
+
+
+def _apart(wanted: list[float], gap: float) -> list[float]:
+    """Ascending heights within 0 ... 1, as near to the wanted as a gap between them allows."""
+    heights: list[float] = []
+    for value in wanted:
+        heights.append(max(value, heights[-1] + gap) if heights else value)
+    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
+    top = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], top) if over else heights[i]
+        top = heights[i] - gap
+    return heights
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingPackageError("matplotlib", None, "drawing") from None
+    return pyplot
+
+
+def _saved(pyplot: Any, figure: Any, path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror or error}); type another path") from None
+    finally:
+        pyplot.close(figure)
+    return path
