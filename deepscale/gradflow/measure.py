@@ -1,7 +1,7 @@
 """The numbers of a record: sums over this rank's shares of the parameters, then over the ranks, in one vector each.
 
-Norms are taken of rows scaled to a largest magnitude of 1, and summed in float64: the squares of a vanishing gradient leave
-float32's range long before the gradient does.
+Norms are summed in float64, those of gradients over rows scaled to a largest magnitude of 1: the squares of a vanishing
+gradient leave float32's range long before the gradient does.
 """
 
 from collections.abc import Iterator
@@ -67,13 +67,15 @@ class Measured:
 
     def _squares(self, into: Tensor, layers: Tensor, start: int, values: Tensor, size: int) -> None:
         for first, part in rows_of(values, start, size):
-            into[layers[first : first + len(part)]] += torch.linalg.vector_norm(part, dim=1).to(into.device, f64).square_()
+            into[layers[first : first + len(part)]] += torch.linalg.vector_norm(part, dim=1, dtype=f64).square_().to(into.device)
 
     def add_up(self, spread: bool) -> None:
         """Adds up the sums of all ranks, if shares are spread over them: two messages, whatever the number of tensors."""
         if spread:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.top, op=dist.ReduceOp.MAX)
+            # gloo's maximum of a number and NaN is whichever came first.
+            self.top[self.absolute.isnan()] = torch.nan
 
     def fields(self) -> dict[str, Tensor]:
         """(L,) each, of the gradients and weights; `flow.LAYER_FIELDS` says what."""

@@ -61,7 +61,7 @@ class BlockObserver:
         found = {
             "output_mean": mean,
             "output_std": (variance / passes + (square / passes - mean * mean).clamp_(min=0)).sqrt_(),
-            "output_grad_l2": gradient.sqrt(),
+            "output_grad_l2": torch.where(passes > 0, gradient.sqrt(), nothing),
             "saturated": nothing,
             "dead": nothing,
         }
