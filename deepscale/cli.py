@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": ("deepscale.bench", "measure start, step, memory and feed"),
     "export": ("deepscale.export", "weights by the plain network's names, and back"),
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
+    "report": ("deepscale.report.command", "an offline page of runs: gradient against depth, table, heatmaps; sends what is unsent"),
 }
 
 

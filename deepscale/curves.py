@@ -10,6 +10,7 @@ from typing import Any
 
 from deepscale import config
 from deepscale.errors import MissingPackageError, UsageError
+from deepscale.tracking_read import Reader
 
 POINTS = 200
 CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "grad/first_layer_mean_abs")
@@ -50,29 +51,14 @@ def read_file(path: Path) -> Run:
 
 def read_mlflow(name: str, experiment: str) -> Run:
     """The newest run of this name. Raises UsageError, listing the names there are."""
-    try:
-        from deepscale.tracking_store import import_mlflow, store_uri
-
-        import_mlflow()
-        from mlflow.tracking import MlflowClient
-    except ImportError:
-        raise MissingPackageError("mlflow", None, "reading recorded runs") from None
-    client = MlflowClient(store_uri())
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise UsageError(f"the experiment {experiment!r} is not in {store_uri()}; possible: {', '.join(e.name for e in client.search_experiments())}")
-    runs = client.search_runs([found.experiment_id], order_by=["attributes.start_time DESC"])
-    named = [run for run in runs if run.info.run_name == name]
-    if not named:
-        raise UsageError(f"no run is named {name!r}; possible: {', '.join(sorted({run.info.run_name for run in runs}))}")
-    run = named[0]
-    curves = {}
-    for key in CURVES:
-        points = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
-        curves[key] = thinned(sorted(points))
-    text = client.download_artifacts(run.info.run_id, "summary.json")
+    reader = Reader()
+    run = reader.run(name, experiment)
+    curves = {key: thinned(reader.history(run, key)) for key in CURVES}
+    text = reader.artifact(run, "summary.json")
+    if text is None:
+        raise UsageError(f"run {name!r} has no summary.json: it has not ended yet; type the same again when it has")
     settings = {key: value for key, value in run.data.params.items() if key not in LOCAL}
-    return {"name": name, "settings": settings, "summary": json.loads(Path(text).read_text()), "curves": curves}
+    return {"name": name, "settings": settings, "summary": json.loads(text.read_text()), "curves": curves}
 
 
 def thinned(points: list[tuple[int, float]]) -> list[list[float]]:
