@@ -19,6 +19,11 @@ def run_folder(run_name: str) -> Path:
     return Path("runs").absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
+def relative_to_here(path: Path) -> Path:
+    """The path as one types it in the working folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def ds_config_folder() -> Path:
     """The folder of DeepSpeed's configuration files. Raises UsageError where it is missing."""
     candidates = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")

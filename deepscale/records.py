@@ -13,6 +13,7 @@ from deepscale.gradflow.health import HEALTHY, NONFINITE, Thresholds, Verdict, d
 from deepscale.gradflow.recorder import Recorder
 from deepscale.gradflow.schedule import record_steps
 from deepscale.models.convnext import ConvNeXt
+from deepscale.paths import relative_to_here
 from deepscale.progress import Progress
 from deepscale.tracking import Tracker, as_text
 
@@ -21,6 +22,11 @@ CURVES = {"output_gradient": "output_grad_l2", "weight_gradient": "mean_abs", "s
 CURVE_POINTS = 300
 STEPS_PER_SATURATION = 16  # counting saturated activations costs twice the rest of a record
 PICTURE, PAGE = "gradflow.png", "gradflow.html"
+
+
+def counts_saturation(counted: int, step: int, last: int) -> bool:
+    """Whether the record of a step counts saturated activations, after `counted` that did: the first, the last, one in 16 steps."""
+    return counted <= step // STEPS_PER_SATURATION or step == last
 
 
 class Records:
@@ -48,7 +54,7 @@ class Records:
         """Before a step (from 1): watches it, if it is to be recorded."""
         self.current = step if step in self.steps else None
         if self.current:
-            saturation = self.counted <= step // STEPS_PER_SATURATION or step == self.steps[-1]
+            saturation = counts_saturation(self.counted, step, self.steps[-1])
             self.counted += saturation
             self.recorder.begin(step, saturation)
 
@@ -87,7 +93,7 @@ class Records:
             self._show(flow, folder, name, texts)
         except UsageError as error:  # at the end of a run nothing is worth losing its summary for
             self.progress.warn(f"the gradient flow is not all written: {error}")
-        return {"gradient flow": last.sentence, "records": f"{len(flow.steps)} in {folder.name}"}
+        return {"gradient flow": last.sentence, "records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"}
 
     def _show(self, flow: Flow, folder: Path, name: str, settings: dict[str, str]) -> None:
         from deepscale.gradflow.figures import heatmap

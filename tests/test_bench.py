@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import data, deep, main, networks, start, step, worker
+from deepscale.bench import data, deep, gradflow, main, networks, start, step, worker
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -293,3 +293,16 @@ def test_recomputation_keeps_an_input_per_segment() -> None:
         fewer += sum(n // 2 for n in stacks) * 2 * (8 * 2**stage) * (32 // 2**stage) ** 2 * 4
     assert kept(1) - kept(2) == fewer > 0
     assert kept(0) > 5 * kept(1)
+
+
+def test_gradflow_measures_records_in_a_fresh_process(bench: Callable[..., Rows]) -> None:
+    rows = bench("gradflow", "--depth", "26", "--rounds", "2", "--naive-rounds", "1", "--batch-size", "2")
+    assert rows["step without a record, 26 layers"]["n"] == 2
+    assert rows["a record of 37 layers' norms"]["median"] > 0
+    assert rows["naive: safe_get_full_grad and a norm of 92 tensors"]["median"] > 0
+    assert rows["memory of 200 records"]["median"] == pytest.approx(200 * 4 * (7 * 37 + 5 * 8) / 1e6)
+
+
+def test_the_share_of_a_run_is_that_of_its_records() -> None:
+    """Counted by hand: 30 steps have 13 records, of which those of steps 1, 16 and 30 count saturation."""
+    assert gradflow._share(30, {"blocks": 1.0, "full": 3.0}) == pytest.approx((10 * 1.0 + 3 * 3.0) / 30)

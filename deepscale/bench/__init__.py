@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|data [--json FILE]
+    deepscale bench start|step|memory|data|gradflow [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -8,8 +8,8 @@ processes, repeated. The defaults are the sizes of the goals; smaller ones make 
 
 | module | what |
 |---|---|
-| start.py, step.py, memory.py, data.py | the four commands |
-| deep.py, kept.py | programs that the commands start as fresh processes (`worker.py`) and that print JSON |
+| start.py, step.py, memory.py, data.py, gradflow.py | the commands |
+| deep.py, kept.py, recorded.py | programs that the commands start as fresh processes (`worker.py`) and that print JSON |
 | networks.py | the networks that are measured, and one training step of them |
 | report.py | goals, rows, the table, the JSON file |
 """
@@ -22,6 +22,7 @@ BENCHES = {
     "start": "CPU seconds of deepspeed.initialize, at 10,001 and at 26 layers",
     "step": "a training step: stacked against the plain network, recomputed against kept, and 10,001 layers",
     "memory": "peak memory of training 10,001 layers, and the activations that recomputation leaves",
+    "gradflow": "what recording the gradient of every layer costs",
     "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
 }
 
@@ -29,7 +30,7 @@ BENCHES = {
 def main(arguments: list[str]) -> None:
     """Runs the bench that the first argument names. Raises UsageError for bad input."""
     usage = "\n".join(["usage: deepscale bench NAME [--json FILE] [sizes: see deepscale bench NAME --help]", ""])
-    usage += "\n".join(f"  {name:<8}{text}" for name, text in BENCHES.items())
+    usage += "\n".join(f"  {name:<10}{text}" for name, text in BENCHES.items())
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage)
         return
