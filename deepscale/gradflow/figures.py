@@ -17,8 +17,9 @@ from deepscale.gradflow.values import Doubles, closed_by_gamma, depth_curve, geo
 ROWS = 1000  # of a heatmap, at most
 TICKS = 8
 # Okabe and Ito's palette, told apart by colour-blind readers; the yellow is left out on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8f8f8f")
+STYLES = ("-", (0, (4, 2)), (0, (1.5, 1.5)))  # one line on top of another still shows both
+DECADES = 20  # on the axis of an overlay: a gradient below that is gone
 # Cells without a logarithm: what they are called, and a colour that viridis does not have.
 CLOSED, ZERO, NONFINITE, NOTHING = "exactly 0: closed by gamma", "exactly 0", "NaN or infinite", "not recorded"
 CELLS = {CLOSED: "#e3e3e3", ZERO: "#8f8f8f", NONFINITE: "#d7191c", NOTHING: "#ffffff"}
@@ -55,10 +56,11 @@ def heatmap(flow: Flow, path: Path) -> Path:
     return _saved(pyplot, figure, path)
 
 
-def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1) -> Path:
+def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1, title: str = "") -> Path:
     """Writes a PNG of one record of each flow against depth: the gradient at the block outputs, and the signal's standard deviation.
 
-    Flows of different depths are drawn on relative depth. Raises UsageError where there is nothing to draw.
+    Flows of different depths are drawn on relative depth. At most `DECADES` below the largest value are shown; a band under them
+    holds what is exactly 0. Raises UsageError where there is nothing to draw.
     """
     drawn = {name: flow for name, flow in flows.items() if len(flow.steps) and len(flow.block_names)}
     if not drawn:
@@ -66,26 +68,52 @@ def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1) -> Path:
     pyplot = _pyplot()
     relative = len({flow.depth for flow in drawn.values()}) > 1
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
-    sides = (("output_grad_l2", "gradient at the block outputs, L2 norm", 0), ("output_std", "signal: standard deviation of the block outputs", -1))
-    for axis, (name, title, end) in zip(axes, sides, strict=True):
-        ends, zeros = [], False
-        for i, (label, flow) in enumerate(drawn.items()):
+    sides = (("output_grad_l2", "gradient at the block outputs, L2 norm"), ("output_std", "signal: standard deviation of the block outputs"))
+    for axis, (name, what) in zip(axes, sides, strict=True):
+        lines = {}
+        for label, flow in drawn.items():
             points = np.array(depth_curve(flow, record, name), np.float64).reshape(-1, 2)
-            x, y = points[:, 0] / (flow.depth if relative else 1), points[:, 1]
-            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
-            axis.plot(x, np.where(y > 0, y, np.nan), linewidth=1.6, **look)
-            gone = x[y == 0]
-            # Side by side at the lower edge, for no logarithm has a place for it.
-            axis.plot(gone, np.full(len(gone), 0.012 + 0.022 * i), ".", markersize=2.5, color=look["color"], transform=axis.get_xaxis_transform())
-            zeros |= len(gone) > 0
-            ends.append((label, look["color"], (x[end], y[end]) if len(y) else None))
-        axis.set_yscale("log")
-        axis.set_title(title + ("  (dots at the lower edge: exactly 0)" if zeros else ""), fontsize=10)
+            lines[label if len(points) else f"{label} (no finite value)"] = points / (flow.depth if relative else 1, 1)
+        axis.set_title(what, fontsize=10)
         axis.set_xlabel("depth, share of the layers" if relative else "layer, from the image to the head")
-        axis.grid(alpha=0.25)
-        _label_ends(axis, ends, left=end == 0)
+        _lines(axis, lines, left=axis is axes[0])
     axes[0].yaxis.tick_right()
+    figure.suptitle(title, fontsize=11)
     return _saved(pyplot, figure, path)
+
+
+def _lines(axis: Any, lines: Mapping[str, Doubles], left: bool) -> None:
+    """Curves (points, 2) on a logarithmic axis, named beside their left or right ends."""
+    looks: list[dict[str, Any]] = [
+        {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "zorder": 2 + i % len(STYLES) / 10} for i in range(len(lines))
+    ]
+    shown = np.concatenate([line[:, 1] for line in lines.values()])
+    shown = shown[shown > 0]
+    high = float(shown.max()) * 2 if len(shown) else 1.0
+    low = max(float(shown.min()) / 2, high / 10**DECADES) if len(shown) else 0.1
+    strips = {label: 0.025 * (i + 1) for i, label in enumerate(label for label, line in lines.items() if (line[:, 1] == 0).any())}
+    band = 0.025 * (len(strips) + 2.5) if strips else 0.0
+    axis.set_yscale("log")
+    axis.set_ylim(low / (high / low) ** (band / (1 - band)), high)
+    axis.margins(x=0.01)
+    axis.grid(alpha=0.25)
+    if strips:
+        axis.fill_between([0, 1], 0, band, color="#eeeeee", transform=axis.transAxes, zorder=3)
+        axis.text(0.5, band, "exactly 0", transform=axis.transAxes, ha="center", va="top", fontsize=8, color="#555555", zorder=5)
+        axis.set_yticks([tick for tick in axis.get_yticks() if tick >= low])
+        axis.minorticks_off()
+    ends = []
+    for (label, line), look in zip(lines.items(), looks, strict=True):
+        axis.plot(line[:, 0], np.where(line[:, 1] > 0, line[:, 1], np.nan), linewidth=1.6, **look)
+        zero, end = line[line[:, 1] == 0, 0], line[0 if left else -1, 1] if len(line) else np.nan
+        dots = axis.plot(
+            zero, np.full(len(zero), strips.get(label, 0.0)), ".", markersize=2.5, color=look["color"], transform=axis.get_xaxis_transform()
+        )
+        dots[0].set_zorder(4)
+        share = band + (1 - band) * np.log(end / low) / np.log(high / low) if end > 0 else strips.get(label, 0.0)
+        ends.append(float(np.clip(share, 0, 1)))
+    axis.set_ylim(low / (high / low) ** (band / (1 - band)), high)
+    _label_ends(axis, list(lines), ends, looks, left)
 
 
 def _panel(axis: Any, values: NDArray[Any], closed: NDArray[np.bool_]) -> set[str]:
@@ -131,42 +159,33 @@ def _label_depths(axis: Any, depths: NDArray[np.int64]) -> None:
     step = next(size * 10**power for power in range(6) for size in (1, 2, 5) if size * 10**power * TICKS >= last - first)
     inner = (layer for layer in range(step, last, step) if min(layer - first, last - layer) >= step / 2)
     wanted = [first, *inner, last] if last > first else [first]
-    places = np.interp(wanted, depths, np.arange(len(depths))) * rows / len(depths)
+    places = (np.interp(wanted, depths, np.arange(len(depths))) + 0.5) * rows / len(depths) - 0.5  # a row's middle is its number
     axis.set_yticks(np.clip(places, 0, rows - 1), [f"{layer:,}" for layer in wanted])
 
 
-def _label_ends(axis: Any, ends: list[tuple[str, str, tuple[float, float] | None]], left: bool) -> None:
-    """Names beside the ends of the lines, apart from each other, each joined to its line."""
-    to_share = axis.transData + axis.transAxes.inverted()
-    axis.margins(x=0.01)
-    axis.figure.canvas.draw()  # settles the limits
-    places = []
-    for label, colour, end in ends:
-        at = to_share.transform((end[0], end[1]))[1] if end and end[1] > 0 else 0.0
-        places.append((float(np.clip(np.nan_to_num(at), 0, 1)), label, colour))
-    gap = min(0.06, 1 / max(1, len(places)))
-    places.sort(key=lambda place: place[0])
-    heights = _apart([place[0] for place in places], gap)
-    edge, text = (0.0, -0.06) if left else (1.0, 1.06)
-    for (at, label, colour), height in zip(places, heights, strict=True):
+def _label_ends(axis: Any, labels: list[str], ends: list[float], looks: list[dict[str, Any]], left: bool) -> None:
+    """Names beside the axis at the heights (shares of the axis) where the lines end, apart from each other, each joined to its line."""
+    edge, place = (0.0, -0.07) if left else (1.0, 1.07)
+    order = np.argsort(ends, kind="stable")
+    heights = apart([ends[i] for i in order], min(0.055, 1 / len(ends)))
+    for i, height in zip(order, heights, strict=True):
         axis.annotate(
-            label, (edge, at), (text, height), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=8,
+            labels[i], (edge, ends[i]), (place, height), xycoords="axes fraction", textcoords="axes fraction", color=looks[i]["color"], fontsize=8,
             ha="right" if left else "left", va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (float(left), 0.5), **looks[i]},
         )  # fmt: skip
 
 
-def _apart(wanted: list[float], gap: float) -> list[float]:
-    """Ascending heights within 0 ... 1, as near to the wanted as a gap between them allows."""
-    heights: list[float] = []
-    for value in wanted:
-        heights.append(max(value, heights[-1] + gap) if heights else value)
-    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
-    top = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], top) if over else heights[i]
-        top = heights[i] - gap
-    return heights
+def apart(wanted: list[float], gap: float) -> list[float]:
+    """Heights within 0 ... 1, as near to the ascending wanted ones as a gap between them allows."""
+    groups: list[list[float]] = []  # of neighbours that touch: the wanted place of the lowest, one value each
+    for i, value in enumerate(wanted):
+        groups.append([value - gap * i])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    spread = [float(np.mean(group)) for group in groups for _ in group]
+    room = 1 - gap * (len(wanted) - 1)
+    return [min(max(value, 0.0), room) + gap * i for i, value in enumerate(spread)]
 
 
 def _pyplot() -> Any:
