@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": ("deepscale.plan_command", "what a run will take, before it runs"),
     "bench": ("deepscale.bench", "measure start, step, memory and feed"),
     "export": ("deepscale.export", "weights by the plain network's names, and back"),
+    "gradflow": ("deepscale.gradflow.command", "probe a network before training; the verdict of a recorded run"),
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
     "report": ("deepscale.report.command", "an offline page of runs: gradient against depth, table, heatmaps; sends what is unsent"),
 }
