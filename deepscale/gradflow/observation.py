@@ -46,6 +46,8 @@ def statistics(observers: list[BlockObserver], spread: bool, loss_scale: float) 
     """(N,) each, over the passes of all ranks if they are `spread` over ranks: one message. Empty without observers."""
     if not observers:
         return {}
+    for observer in observers:
+        observer.collect()
     ranks = 1
     if spread:
         ranks = dist.get_world_size()

@@ -10,51 +10,68 @@ SATURATED = 0.01  # |f'| below which an output counts as saturated
 
 
 class BlockObserver:
-    """Sums over the passes of one optimiser step, of n blocks with `units` activation outputs each.
+    """What n blocks with `units` activation outputs each do in the passes of one optimiser step.
 
-    `reset` begins a step, and says whether saturation is counted, the dearest part. Sums of observers of the same blocks on other
-    ranks add up.
+    `reset` begins a step, and says whether saturation is counted, the dearest part. While passes run, numbers are only kept, one small
+    tensor each: adding them up block by block would cost more than taking them. `collect` makes sums of them, which add up with those of
+    observers of the same blocks on other ranks.
     """
 
     def __init__(self, blocks: int, units: int, device: torch.device) -> None:
-        self.activations = True
-        # passes; mean of x; its square; variance of x; squared norm of the gradient; rows seen by the activation
-        self.sums = torch.zeros(6, blocks, dtype=torch.float64, device=device)
-        self.saturated = torch.zeros(blocks, units, dtype=torch.float64, device=device)  # outputs per unit
-        # One view per block and sum: indexing in every pass would cost more than the sums.
-        self._passes, self._mean, self._square, self._variance, self._gradient, self._rows = (row.unbind() for row in self.sums)
-        self._saturated = self.saturated.unbind()
+        self.blocks, self.units, self.device = blocks, units, device
+        self.reset()
 
     def reset(self, activations: bool = True) -> None:
         """Forgets all passes."""
-        self.activations = activations
-        self.sums.zero_()
-        self.saturated.zero_()
+        self.activations, self.collected = activations, False
+        # (block, number) of every pass, in order
+        self._outputs: list[tuple[int, Tensor, Tensor]] = []  # mean, root mean square deviation
+        self._gradients: list[tuple[int, Tensor]] = []
+        self._derivatives: list[tuple[int, Tensor, int]] = []  # saturated outputs per unit, rows
 
-    @torch.no_grad()
     def output(self, i: int, x: Tensor) -> None:
         """Block i's output x, of any shape."""
-        x = x.double()
+        x = x.detach()
         mean = x.mean()
-        self._passes[i].add_(1)
-        self._mean[i].add_(mean)
-        self._square[i].addcmul_(mean, mean)
         # Not from the mean of squares: where the signal dies, x is nearly constant.
-        self._variance[i].add_(torch.linalg.vector_norm(x - mean).square_().div_(x.numel()))
+        self._outputs.append((i, mean, torch.linalg.vector_norm(x - mean, dtype=torch.float64).div_(x.numel() ** 0.5)))
 
-    @torch.no_grad()
     def gradient(self, i: int, g: Tensor) -> None:
         """The gradient with respect to block i's output."""
-        self._gradient[i].add_(torch.linalg.vector_norm(g, dtype=torch.float64).square_())
+        self._gradients.append((i, torch.linalg.vector_norm(g.detach(), dtype=torch.float64)))
 
-    @torch.no_grad()
     def derivative(self, i: int, derivative: Tensor) -> None:
         """f' of block i's activation, rows (M, units); overwritten."""
-        self._saturated[i].add_(derivative.abs_().lt_(SATURATED).sum(0, dtype=torch.float32))
-        self._rows[i].add_(derivative.shape[0])
+        self._derivatives.append((i, derivative.detach().abs_().lt_(SATURATED).sum(0, dtype=torch.float32), len(derivative)))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Makes `sums` (6, n) and `saturated` (n, units), float64, of what was kept; a second call changes nothing."""
+        if self.collected:
+            return
+        # passes; mean of x; its square; variance of x; squared norm of the gradient; rows seen by the activation
+        self.sums = torch.zeros(6, self.blocks, dtype=torch.float64, device=self.device)
+        self.saturated = torch.zeros(self.blocks, self.units, dtype=torch.float64, device=self.device)
+        if self._outputs:
+            at, means, deviations = zip(*self._outputs, strict=True)
+            mean, deviation = torch.stack(means).double(), torch.stack(deviations)
+            self._add(at, torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]), self.sums[:4])
+        if self._gradients:
+            at, norms = zip(*self._gradients, strict=True)
+            self._add(at, torch.stack(norms).square()[None], self.sums[4:5])
+        if self._derivatives:
+            at, counts, rows = zip(*self._derivatives, strict=True)
+            self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
+            self._add(at, torch.stack(counts).double().T, self.saturated.T)
+        self.reset(self.activations)
+        self.collected = True
+
+    def _add(self, at: tuple[int, ...], values: Tensor, into: Tensor) -> None:
+        into.index_add_(1, torch.tensor(at, device=self.device), values.to(self.device))
 
     def statistics(self) -> dict[str, Tensor]:
         """(n,) each: mean and standard deviation of x, norm of its gradient, shares of saturated outputs and of dead units."""
+        self.collect()
         passes, mean, square, variance, gradient, rows = self.sums
         mean = mean / passes
         nothing = torch.full_like(mean, torch.nan)

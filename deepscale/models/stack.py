@@ -100,6 +100,7 @@ class _Work:
         self.spec, self.weights, self.norms = spec, weights, norms
         self.masks = None if masks is None else masks.unbind(0)  # each (M, 1): 0, or 1 / (1 - rate)
         self.activation = ACTIVATIONS[spec.activation]
+        self.one: Tensor | None = None  # (M, 4C) of ones, for an observer
 
     def hidden(self, x: Tensor, i: int, moments: Tensor | None = None) -> _Saved:
         """Block i up to its activation. With `moments` (2, n, C), BatchNorm's statistics are measured and written there."""
@@ -159,7 +160,9 @@ class _Work:
         if i:
             observer.output(i - 1, saved.x)
         if observer.activations:
-            observer.derivative(i, self.activation.backward(torch.ones_like(saved.h), saved.h, saved.a))
+            if self.one is None:
+                self.one = torch.ones_like(saved.h)
+            observer.derivative(i, self.activation.backward(self.one, saved.h, saved.a))
 
 
 class _Gradients:
