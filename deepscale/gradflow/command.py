@@ -51,27 +51,45 @@ def _probe(arguments: list[str]) -> None:
     if given.batches < 1:
         raise UsageError(f"--batches {given.batches} is no number of batches; type 1 or more")
     asked = config.from_namespace(given)
-    from deepscale.gradflow import probe
+    from deepscale.gradflow.probe import probe, variants_of
 
-    folder = (given.out or run_folder(f"probe-{asked.model.built_depth}")).absolute()
+    variants = variants_of(asked, given.compare)
+    folder = _made((given.out or run_folder(f"probe-{asked.model.built_depth}")).absolute())
     probed: dict[str, Flow] = {}
     with Progress(0, enabled=True) as screen:
-        for result in probe.probe(asked, given.compare, given.batches, screen.say):
-            label = result.variant.label
-            found = verdict(result.flow)
-            print(f"{label + ': ' if label else ''}{found.sentence}; {_signal(result.flow)} ({result.seconds:.1f} s)", flush=True)
-            result.flow.save(folder / _plain(label) / FILE)
-            probed[label or f"{result.flow.depth:,} layers"] = result.flow
-        for path in _pictures(probed, folder, f"initialisation, {asked.model.built_depth:,} layers"):
+        gamma = (
+            ""
+            if any(variant.config.model.gamma_init is not None for variant in variants)
+            else "; LayerScale gamma none (--layerscale-init 0 as published)"
+        )
+        screen.say(f"gradient flow at initialisation, no training{gamma}")
+        for result in probe(variants, given.batches, screen.say):
+            label, flow = result.variant.label, result.flow
+            print(f"{label + ': ' if label else ''}{verdict(flow).sentence}; {_signal(flow)} ({result.seconds:.1f} s)", flush=True)
+            flow.save(folder / _plain(label) / FILE)
+            probed[label or f"{flow.depth:,} layers"] = flow
+        for path in _pictures(probed, folder):
             print(relative_to_here(path))
 
 
-def _pictures(probed: dict[str, Flow], folder: Path, title: str) -> tuple[Path, Path]:
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be made ({error.strerror or error}); type another --out") from None
+    return folder
+
+
+def _pictures(probed: dict[str, Flow], folder: Path) -> tuple[Path, Path]:
     """The figure and the page of all variants."""
     from deepscale.gradflow.figures import overlay
     from deepscale.report.page import SINGLE_FILE_RUNS, write_page
     from deepscale.report.run import ReportRun
 
+    depths = sorted({flow.depth for flow in probed.values()})
+    gammas = {flow.meta["settings"]["layerscale_init"] for flow in probed.values()}
+    title = f"initialisation, {' to '.join(f'{depth:,}' for depth in dict.fromkeys((depths[0], depths[-1])))} layers"
+    title += f", LayerScale gamma {gammas.pop()}" if len(gammas) == 1 else ""
     found = {label: verdict(flow) for label, flow in probed.items()}
     figure = overlay({f"{label}: {found[label].label}": flow for label, flow in probed.items()}, folder / PICTURE, title=title)
     runs = [

@@ -29,7 +29,7 @@ from deepscale.models.convnext import cross_entropy
 from deepscale.tracking import as_text
 from deepscale.world import World, choose_device
 
-TIME_S = 40.0  # that all passes may take on a CPU; sizes left open follow from it
+TIME_S = 30.0  # that all passes may take on a CPU: about a minute with everything; sizes left open follow from it
 MOST_VARIANTS = 24  # told apart in one figure
 SCALES = 24  # halvings of fp16's loss scale, 2^16, before an overflow is taken for the network's own
 # What a variant may differ in: what matters before the first step.
@@ -148,27 +148,28 @@ def images_of(settings: Config, batches: int, place: World, say: Say) -> tuple[D
     return info, take
 
 
-def probe(asked: Config, compare: Sequence[str], batches: int, say: Say) -> Iterator[Probed]:
+def probe(variants: Sequence[Variant], batches: int, say: Say) -> Iterator[Probed]:
     """The gradient flow of each variant at its initial values, as soon as it is there.
 
-    Everything is checked and planned before the first network is built. Raises UsageError for what is not possible.
+    All are planned before the first network is built. Raises UsageError for what is not possible.
     """
-    variants = variants_of(asked, compare)
-    place = World(0, 1, 0, 1, torch.device(choose_device(asked.engine)))
-    info, take = images_of(asked, batches, place, say)
+    first = variants[0].config
+    place = World(0, 1, 0, 1, torch.device(choose_device(first.engine)))
+    info, take = images_of(first, batches, place, say)
     planned = plan_all(variants, batches, place, info)
-    for note in planned[0][1].notes if len(planned) == 1 else ():
-        say(note)
-    sizes = {variant.label: int(variant.config.data.batch_size) for variant, _ in planned}
-    say(_said(planned, asked, info, batches))
+    if len(planned) == 1:
+        for note in planned[0][1].notes:
+            say(note)
+    else:
+        seconds = sum((done.step_s or 0.0) * batches for _, done in planned)
+        say(f"{len(planned)} variants, {_sizes(planned[0][0].config)}" + (f", about {seconds:.2g} s in the blocks" if seconds else ""))
     for variant, _ in planned:
         torch.set_num_threads(int(variant.config.engine.threads))
-        begin = time.perf_counter()
-        flow = gradient_flow(variant.config, info, take(sizes[variant.label]), place)
-        seconds = time.perf_counter() - begin
+        begin, size = time.perf_counter(), int(variant.config.data.batch_size)
+        flow = gradient_flow(variant.config, info, take(size), place)
         flow.meta |= {"run_name": variant.label or f"probe {flow.depth:,}", "settings": described(variant.config), "data": info.label}
-        flow.meta["probe"] = f"initial values, no training; {batches} x {sizes[variant.label]} images"
-        yield Probed(variant, flow, seconds)
+        flow.meta["probe"] = f"initial values, no training; {batches} x {size} images"
+        yield Probed(variant, flow, time.perf_counter() - begin)
 
 
 def gradient_flow(settings: Config, info: DatasetInfo, batches: Batches, place: World) -> Flow:
@@ -199,15 +200,5 @@ def described(settings: Config) -> dict[str, str]:
     return {name: as_text(value) for name, value in values.items() if name not in hidden} | {"seed": str(settings.recipe.seed)}
 
 
-def _said(planned: list[tuple[Variant, plan.Plan]], asked: Config, info: DatasetInfo, batches: int) -> str:
-    first = planned[0][0].config
-    count = f"{len(planned)} variants, " if len(planned) > 1 else ""
-    seconds = sum((done.step_s or 0.0) * batches for _, done in planned)
-    about = f", about {seconds:.2g} s in the blocks" if seconds else ""
-    gamma = (
-        ""
-        if first.model.gamma_init is not None or asked.model.layerscale_init != AUTO
-        else "; LayerScale gamma none (--layerscale-init 0 for the published one)"
-    )
-    sizes = f"width {first.model.width}, patch {first.model.patch_size}, {batches} x {first.data.batch_size} images of {info.label}"
-    return f"{count}{sizes}{about}; gradient flow at initialisation, no training{gamma}"
+def _sizes(settings: Config) -> str:
+    return f"width {settings.model.width}, patch {settings.model.patch_size}, batch {settings.data.batch_size}"
