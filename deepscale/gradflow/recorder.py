@@ -52,7 +52,8 @@ class Recorder:
         self.changing = _spread(self.layout, {name: size * len(self.layout.rows[name]) for name, size in self.sizes.items()})
         dtype = np.float64 if first.dtype == torch.float64 else np.float32
         width = len(LAYER_FIELDS) * layers + len(BLOCK_FIELDS) * blocks
-        self.capacity = max(2, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
+        # Thinning keeps the first and the last, and must make room for one.
+        self.capacity = max(3, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
         self.values = np.empty((self.capacity, width), dtype)
         self.steps: list[int] = []
         self.measured: Measured | None = None
