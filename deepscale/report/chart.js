@@ -3,20 +3,19 @@
 
 const SUPERSCRIPT = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
-const MARGIN = { left: 50, right: 14, label: 84, top: 10, bottom: 36 };
+const MARGIN = { left: 50, right: 14, label: 96, top: 10, bottom: 36 };
 const BAND = 16; // height of the strips for what has no logarithm
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const charts = new Set();
 
 const theme = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function number(value) {
+function number(value, power = false) {
   if (value === 0) return "0";
   const e = Math.floor(Math.log10(Math.abs(value)) + 1e-9);
-  if (e >= -3 && e < 7) return value.toLocaleString("en", { maximumSignificantDigits: Math.max(3, e + 1) });
+  if (e >= -3 && e < 7 && !power) return value.toLocaleString("en", { maximumSignificantDigits: Math.max(3, e + 1) });
   const mantissa = (value / 10 ** e).toFixed(1).replace(/\.0$/, "");
-  const power = "10" + [...String(e)].map((c) => SUPERSCRIPT[c]).join("");
-  return mantissa === "1" ? power : `${mantissa}×${power}`;
+  const decade = "10" + [...String(e)].map((c) => SUPERSCRIPT[c]).join("");
+  return mantissa === "1" ? decade : `${mantissa}×${decade}`;
 }
 
 function linearTicks(lo, hi, count) {
@@ -76,8 +75,7 @@ class Plot {
       event.preventDefault();
       this.move(move[0] * (event.shiftKey ? 10 : 1), move[1]);
     });
-    new ResizeObserver(() => this.draw()).observe(this.box);
-    charts.add(this);
+    new ResizeObserver(() => this.width !== this.box.clientWidth && this.draw()).observe(this.box);
   }
 
   title(caption) {
@@ -155,20 +153,26 @@ class Chart extends Plot {
     this.mark();
   }
 
-  // The y axis: makes room for its texts, and draws its grid.
+  // The y axis: makes room for its texts, draws its grid and the strips above and below it.
   ticks(c) {
-    const { yLog, yFormat = number } = this.options, { top, bottom } = this.area;
+    const { top, bottom, right } = this.area, { yLog, yFormat = (v) => number(v, yLog && this.y[1] - this.y[0] > 4) } = this.options;
     const ticks = (yLog ? logTicks : linearTicks)(this.y[0], this.y[1], Math.max(2, Math.floor((bottom - top) / 34)));
     this.yTicks = ticks.map((tick) => [Math.round(this.py(tick)) + 0.5, yFormat(yLog ? 10 ** tick : tick)]);
     const texts = [...this.yTicks.map(([, text]) => text), ...(this.above || this.below ? ["exactly 0"] : [])];
-    this.area.left = Math.max(MARGIN.left, ...texts.map((text) => c.measureText(text).width + 12));
+    const left = (this.area.left = Math.max(MARGIN.left, ...texts.map((text) => c.measureText(text).width + 12)));
     c.strokeStyle = theme("--grid");
     c.beginPath();
     for (const [y] of this.yTicks) {
-      c.moveTo(this.area.left, y);
-      c.lineTo(this.area.right, y);
+      c.moveTo(left, y);
+      c.lineTo(right, y);
     }
     c.stroke();
+    for (const [height, from, text] of [[this.above, top - BAND, "not finite"], [this.below, bottom + 1, "exactly 0"]]) {
+      if (!height) continue;
+      c.fillStyle = theme("--band");
+      c.fillRect(left, from, right - left, BAND - 1);
+      this.yTicks.push([from + BAND / 2, text]);
+    }
   }
 
   line(c, s, width) {
@@ -201,19 +205,9 @@ class Chart extends Plot {
   // Axes, direct labels, and what is pointed at.
   mark() {
     if (!this.area) return;
-    const c = this.context(this.over), { left, right, top, bottom } = this.area, now = this.options.hot?.();
+    const c = this.context(this.over), { left, right, bottom } = this.area, now = this.options.hot?.();
     this.under.style.opacity = now ? 0.3 : 1;
     c.textBaseline = "middle";
-    for (const [height, from, text] of [[this.above, top - BAND, "not finite"], [this.below, bottom + 1, "exactly 0"]]) {
-      if (!height) continue;
-      c.fillStyle = theme("--band");
-      c.globalCompositeOperation = "destination-over";
-      c.fillRect(left, from, right - left, BAND - 1);
-      c.globalCompositeOperation = "source-over";
-      c.fillStyle = theme("--soft");
-      c.textAlign = "right";
-      c.fillText(text, left - 5, from + BAND / 2);
-    }
     c.fillStyle = theme("--soft");
     c.textAlign = "right";
     for (const [y, text] of this.yTicks) c.fillText(text, left - 6, y);
@@ -323,7 +317,7 @@ class Heatmap extends Plot {
     this.rows.forEach((row, r) => row.y.forEach((value, i) => {
       let rgb = palette[Math.round((255 * (value - lo)) / (hi - lo || 1))];
       if (row.nonfinite?.[i]) rgb = [213, 94, 0];
-      else if (Number.isNaN(value)) rgb = row.zeros?.[i] ? [204, 121, 167] : null;
+      else if (Number.isNaN(value)) rgb = row.zeros?.[i] ? (row.closed?.[i] === row.zeros[i] ? [128, 128, 128] : [204, 121, 167]) : null;
       if (rgb) image.data.set([...rgb, 255], 4 * (r * this.columns.length + i));
     }));
     const small = Object.assign(document.createElement("canvas"), { width: image.width, height: image.height });
@@ -331,8 +325,12 @@ class Heatmap extends Plot {
     const c = this.context(this.under);
     this.frame(MARGIN.right, 0, 0);
     c.imageSmoothingEnabled = false;
-    const { left, right, top, bottom } = this.area;
-    c.drawImage(small, left, top, right - left, bottom - top);
+    // A column reaches half way to its neighbours.
+    const { left, right, top, bottom } = this.area, last = this.columns.length - 1, half = last ? (this.columns[last] - this.columns[0]) / last / 2 : this.x[1];
+    const [from, to] = [this.px(this.columns[0] - half), this.px(this.columns[last] + half)];
+    c.rect(left, top, right - left, bottom - top);
+    c.clip();
+    c.drawImage(small, from, top, to - from, bottom - top);
     this.mark();
   }
 

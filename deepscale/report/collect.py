@@ -6,15 +6,15 @@ warning says why.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import FILE, read
-from deepscale.report.run import ReportRun
+from deepscale.gradflow.health import Thresholds, verdict
+from deepscale.report.run import ReportRun, numbers_in
 from deepscale.tracking_read import MlflowRun, Reader, why_no_record
 
-# What MLflow's runs call the numbers of the report: parameters, and last values of metrics.
-FROM_PARAMETERS = {"depth": "built_depth", "parameters": "parameters", "planned_memory_bytes": "planned_memory_bytes"}
+# What MLflow's runs call the numbers of the report: last values of metrics.
 FROM_METRICS = {
     "validation_accuracy": "val/accuracy",
     "test_accuracy": "test/accuracy",
@@ -70,22 +70,23 @@ def from_file(path: Path) -> ReportRun:
     """A run that is nothing but its record. Raises UsageError where it cannot be read."""
     flow = read(path)
     settings = flow.meta.get("settings", {})
-    texts = {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
+    texts: dict[str, str] = {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
     folder = path.absolute().parent.name
     name = str(flow.meta.get("run_name") or (folder if path.name == FILE else path.stem))
-    return ReportRun(name, f"{folder}-{path.stem}", texts, {"depth": flow.depth, **_numbers(texts, FROM_PARAMETERS)}, record=path)
+    limits = Thresholds(**cast(dict[str, Any], numbers_in(texts, {name: name for name in ("vanishing_ratio", "exploding_ratio")})))
+    judged = verdict(flow, thresholds=limits)
+    return ReportRun(name, f"{folder}-{path.stem}", texts, {}, judged.label, judged.sentence, record=path)
 
 
 def from_mlflow(reader: Reader, run: MlflowRun) -> ReportRun:
     """A run as MLflow has it so far."""
-    parameters, metrics, tags = run.data.params, run.data.metrics, run.data.tags
-    numbers = _numbers(parameters, FROM_PARAMETERS) | _numbers(metrics, FROM_METRICS)
+    tags, numbers = run.data.tags, numbers_in(run.data.metrics, FROM_METRICS)
     step_s = reader.median(run, STEP_S)
     record = reader.artifact(run, FILE)
     return ReportRun(
         name=run.info.run_name,
         id=run.info.run_id,
-        settings=dict(parameters),
+        settings=dict(run.data.params),
         numbers=numbers if step_s is None else numbers | {"step_s": step_s},
         verdict=tags.get(VERDICT, ""),
         verdict_text=tags.get(VERDICT_TEXT, ""),
@@ -96,13 +97,3 @@ def from_mlflow(reader: Reader, run: MlflowRun) -> ReportRun:
         started_s=run.info.start_time / 1000,
         problem="" if record else why_no_record(run),
     )
-
-
-def _numbers(values: dict[str, Any], names: dict[str, str]) -> dict[str, float]:
-    found = {}
-    for key, name in names.items():
-        try:
-            found[key] = float(values[name])
-        except (KeyError, TypeError, ValueError):
-            continue
-    return found

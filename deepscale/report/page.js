@@ -6,6 +6,8 @@ const byId = (id) => document.getElementById(id);
 const single = runs.length === 1;
 const depths = runs.map((run) => run.numbers.depth).filter(Boolean);
 const sameDepth = new Set(depths).size < 2;
+// Probes have one record each: then there is no first and last, and nothing over training.
+const once = runs.every((run) => Object.values(run.curves).every((curves) => curves.steps[0] === curves.steps[1]));
 const state = { quantity: "output", x: sameDepth ? "layer" : "relative", steps: "linear", hot: null, hidden: new Set(), run: null };
 const FEW = 8, LISTED = 20;
 const COLOURS = {
@@ -56,10 +58,11 @@ const cache = new WeakMap();
 function unpacked(packed) {
   if (!cache.has(packed)) {
     const array = (text) => text && new Int16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
-    const [y, zeros, nonfinite] = [packed.y, packed.z, packed.n].map(array), size = y.length / packed.steps.length;
+    const [y, zeros, nonfinite, closed] = [packed.y, packed.z, packed.n, packed.c].map(array), size = y.length / packed.steps.length;
     const part = (all, r) => all?.subarray(r * size, (r + 1) * size), some = (part) => (part?.some((n) => n) ? part : undefined);
     cache.set(packed, packed.steps.map((_, r) => ({
       y: Float32Array.from(part(y, r), (v) => (v === -32768 ? NaN : v / 700)), zeros: some(part(zeros, r)), nonfinite: some(part(nonfinite, r)),
+      closed: some(part(closed, r)),
     })));
   }
   return cache.get(packed);
@@ -73,7 +76,8 @@ function reading(row, i, place, what) {
   const n = place.count[i], { first, last } = place, parts = [];
   const things = what === "weight" ? "layers" : "blocks";
   if (!Number.isNaN(row.y[i])) parts.push((n > 1 ? "geometric mean " : "") + number(10 ** row.y[i]));
-  if (row.zeros?.[i]) parts.push(n > 1 ? `${row.zeros[i]} of ${n} ${things} exactly 0` : "exactly 0");
+  const why = !row.closed?.[i] ? "" : row.closed[i] === row.zeros[i] ? ": closed by gamma" : `, ${row.closed[i]} of them closed by gamma`;
+  if (row.zeros?.[i]) parts.push((n > 1 ? `${row.zeros[i]} of ${n} ${things} exactly 0` : "exactly 0") + why);
   if (row.nonfinite?.[i]) parts.push(n > 1 ? `${row.nonfinite[i]} of ${n} ${things} not finite` : "not finite");
   const where = first[i] === last[i] ? `layer ${first[i].toLocaleString("en")}` : `layers ${first[i].toLocaleString("en")} to ${last[i].toLocaleString("en")}`;
   return `${where}${n > 1 ? `, ${n} ${things}` : ""}\n${parts.join("; ") || "not recorded"}`;
@@ -91,7 +95,11 @@ function thinned(all, what) {
 }
 
 const visible = () => runs.filter((run) => !state.hidden.has(run));
-const label = (run) => (single || runs.length > 6 ? "" : sameDepth || !run.numbers.depth ? run.name : `${run.numbers.depth.toLocaleString("en")} layers`);
+// At the end of a line: what tells few runs apart in little room.
+const label = (run) => {
+  if (single || runs.length > 6) return "";
+  return new Set(depths).size === runs.length ? `${run.numbers.depth.toLocaleString("en")} layers` : run.name.length < 16 ? run.name : "";
+};
 
 // The range of log10 values, opened a little; one decade around nothing.
 function range(series, least = 0.5) {
@@ -101,7 +109,7 @@ function range(series, least = 0.5) {
   const pad = Math.max(0.04 * (hi - lo), (least - hi + lo) / 2, 0.02);
   return [lo - pad, hi + pad];
 }
-const xRange = (series) => (state.x === "relative" ? [0, 1] : [0, Math.max(1, ...series.map((s) => s.x[s.x.length - 1] ?? 1))]);
+const xRange = (series) => (state.x === "relative" ? [0, 1] : [0, Math.max(1, ...series.map((s) => s.run.numbers.depth ?? s.x[s.x.length - 1]))]);
 
 // -------------------------------------------------------------------------------------------------------------- figures
 
@@ -117,7 +125,8 @@ function setHot(run) {
 }
 
 function overlay() {
-  const ends = [["first", "at the first record"], ["last", "at the last record"]];
+  const ends = once ? [["first", "at the only record"]] : [["first", "at the first record"], ["last", "at the last record"]];
+  for (const name of ["gradient", "signal"]) byId(`${name}-last`).hidden = once;
   for (const [name, what] of [["gradient", state.quantity], ["signal", "signal"]]) {
     const series = ends.map((_, r) => visible().filter((run) => run.curves[what]).map((run) => curve(run, run.curves[what], r, what, { label: label(run) })));
     const both = series.flat(), y = range(both), x = xRange(both);
@@ -145,7 +154,7 @@ function training() {
       zeros: marks(([, v]) => v === 0), nonfinite: marks(([, v]) => v === "inf"),
     };
   });
-  byId("training").hidden = !runs.some((run) => run.first_layer);
+  byId("training").hidden = !runs.some((run) => run.first_layer?.length > 1);
   const steps = series.flatMap((s) => [s.x[0] ?? 0, s.x[s.x.length - 1] ?? 1]), lo = log ? Math.min(...steps) : 0;
   chart.update(series, [lo, Math.max(lo + 0.3, ...steps)], range(series));
 }
@@ -293,7 +302,7 @@ function choose(run, scroll) {
 function showRun(run) {
   const facts = el("dl", { className: "facts" }, ...Object.keys(data.numbers).filter((key) => known(run, key)).map((key) =>
     el("div", {}, el("dt", {}, data.numbers[key][0]), el("dd", {}, shown(run, key)))));
-  const judged = el("p", {}, el("strong", { className: mark(run) }, verdict(run)), run.text ? `: ${run.text.replace(new RegExp(`^${run.verdict}[:,]? *`), "")}` : run.problem ? `: ${run.problem}` : "");
+  const judged = el("p", {}, el("strong", { className: mark(run) }, verdict(run)), run.text ? `: ${(run.text.startsWith(run.verdict) ? run.text.slice(run.verdict.length) : run.text).replace(/^[:,]? */, "")}` : run.problem ? `: ${run.problem}` : "");
   const settings = el("details", {}, el("summary", {}, "all settings"), el("dl", { className: "facts" }, ...Object.entries(run.settings).map(([name, value]) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, value)))));
   const files = run.files.length ? [el("ul", { className: "files" }, ...run.files.map((path) => el("li", {}, link(path, path.split("/").pop()))))] : [];
@@ -327,18 +336,21 @@ function steps(run, detail, host) {
   one.draw = () => {
     const what = quantity.value || "signal", packed = detail[what], place = placeOf(packed);
     slider.max = packed.steps.length - 1;
+    slider.hidden = places[2].hidden = note.hidden = key.hidden = packed.steps.length < 2;
     const r = Number(slider.value), step = packed.steps[r], rows = unpacked(packed), [lo, hi] = range(rows, 0.1);
-    output.textContent = `step ${step.toLocaleString("en")}, record ${r + 1} of ${packed.steps.length}` + (packed.steps.length < run.records ? ` (chosen of ${run.records})` : "");
+    output.textContent = `step ${step.toLocaleString("en")}` + (packed.steps.length > 1 ? `, record ${r + 1} of ${packed.steps.length}` : "") + (packed.steps.length < run.records ? ` (chosen of ${run.records})` : "");
     panel(gradient, what, step);
     if (what !== "signal") panel(signal, "signal", step);
     const columns = columnsOf(run, place);
     heat.title(`All records: step downwards, depth to the right, coloured by ${data.quantities[what]}`);
-    heat.update({ rows, columns, steps: packed.steps, x: xRange([{ x: columns }]), y: [lo, hi], chosen: r,
+    heat.update({ rows, columns, steps: packed.steps, x: xRange([{ run, x: columns }]), y: [lo, hi], chosen: r,
       text: (row, i) => `step ${packed.steps[row].toLocaleString("en")}\n${reading(rows[row], i, place, what)}` });
     note.textContent = thinned([packed], what) + "Click into the heatmap, or move the slider, to choose a record.";
     const bar = Array.from({ length: 9 }, (_, i) => css(shade(i / 8, true))).join(","), swatch = (rgb, text) => el("span", {}, el("b", { style: { background: rgb } }), text);
     key.replaceChildren(number(10 ** lo), el("i", { style: { background: `linear-gradient(90deg,${bar})` } }), number(10 ** hi),
-      ...(rows.some((row) => row.zeros) ? [swatch("rgb(204 121 167)", "exactly 0")] : []), ...(rows.some((row) => row.nonfinite) ? [swatch("rgb(213 94 0)", "not finite")] : []));
+      ...(rows.some((row) => row.zeros) ? [swatch("rgb(204 121 167)", "exactly 0")] : []),
+      ...(rows.some((row) => row.closed) ? [swatch("rgb(128 128 128)", "exactly 0: closed by gamma")] : []),
+      ...(rows.some((row) => row.nonfinite) ? [swatch("rgb(213 94 0)", "not finite")] : []));
   };
   slider.oninput = () => one.draw();
   quantity.onchange = () => one.draw();
@@ -371,7 +383,8 @@ function start() {
   if (single) choose(runs[0]);
   else byId("run").append(el("p", { className: "note" }, "The gradient of one run at each of its records, its heatmap, settings and files: choose it here or in the table."));
   dark.addEventListener("change", drawAll);
-  document.documentElement.dataset.drawn = performance.now();
+  // The second frame begins when the first one is on the screen.
+  requestAnimationFrame(() => requestAnimationFrame(() => { document.documentElement.dataset.drawn = performance.now(); }));
 }
 
 start();

@@ -129,10 +129,10 @@ class _Page:
     def run(self, run: ReportRun, own: str) -> dict[str, Any]:
         """A run as the page knows it; its files are kept on the way, and its record is let go of."""
         flow, problem = self._load(run)
-        numbers = {"depth": flow.depth, **run.numbers} if flow is not None else dict(run.numbers)
+        numbers = ({"depth": flow.depth} if flow is not None else {}) | run.all_numbers()
         row: dict[str, Any] = {"id": own, "name": run.name, "status": run.status, "started": run.started_s, "problem": problem, "records": 0}
         row |= {"verdict": run.verdict, "text": run.verdict_text, "converged": run.converged, "numbers": numbers}
-        row["settings"] = {name: value for name, value in run.settings.items() if name not in HIDDEN and not os.path.isabs(value)}
+        row["settings"] = {name: f"{value}" for name, value in run.settings.items() if name not in HIDDEN and not os.path.isabs(f"{value}")}
         first = run.curves.get("first_layer") or (first_layer(flow) if flow is not None else [])
         row["curves"], row["files"] = {}, []
         if first:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepscale.gradflow.flow import Flow
-from deepscale.report.thin import chosen, edges, thin
+from deepscale.gradflow.values import closed_by_gamma
+from deepscale.report.thin import Bools, Floats, chosen, edges, thin
 
 # Key -> (field of Flow, what it is, on the axis).
 QUANTITIES = {
@@ -20,19 +21,23 @@ QUANTITIES = {
 
 @dataclass
 class Quantity:
-    """A quantity of one run at the records that hold it. values, broken: (R, L); broken is where the gradient was not finite."""
+    """A quantity of one run at the records that hold it.
+
+    values (R, L); broken (R, L) where the gradient was not finite; closed (R, L) where it is exactly 0 because of gamma 0.
+    """
 
     key: str
     names: NDArray[np.str_]
     depths: NDArray[np.int64]
     steps: NDArray[np.int64]
-    values: NDArray[np.floating[Any]]
-    broken: NDArray[np.bool_]
+    values: Floats
+    broken: Bools
+    closed: Bools
 
     def curves(self, points: int, rows: NDArray[np.int64]) -> dict[str, Any]:
         """For JSON: the steps of these records, depths of the first and the last layer of each point, and the thinned values."""
         bins = edges(len(self.depths), points)
-        packed = thin(self.values[rows], bins, self.broken[rows]).packed()
+        packed = thin(self.values[rows], bins, self.broken[rows], self.closed[rows]).packed()
         # `count`: layers or blocks per point; a gap between `first` and `last` holds what is no part of this quantity.
         place = {"first": self.depths[bins[:-1]].tolist(), "last": self.depths[bins[1:] - 1].tolist(), "count": np.diff(bins).tolist()}
         return {"steps": self.steps[rows].tolist(), "place": place, **packed}
@@ -56,15 +61,16 @@ def quantities(flow: Flow) -> Iterator[Quantity]:
         values = getattr(flow, field)
         if key == "weight":
             taken = flow.weights
-            found = (flow.layer_names[taken], flow.layer_depths[taken], values[:, taken], broken[:, taken])
+            closed = np.stack([closed_by_gamma(flow, record) for record in range(len(flow.steps))])
+            found = (flow.layer_names[taken], flow.layer_depths[taken], values[:, taken], broken[:, taken], closed[:, taken])
         else:
             # A NaN in the middle of a backward pass that turned non-finite is one, not something that was not recorded.
             bad = np.isnan(values) & bad_at_depth[:, flow.block_depths] if key == "output" else np.zeros(values.shape, bool)
-            found = (flow.block_names, flow.block_depths, values, bad)
-        names, depths, values, bad = found
+            found = (flow.block_names, flow.block_depths, values, bad, np.zeros(values.shape, bool))
+        names, depths, values, bad, closed = found
         held = np.flatnonzero((~np.isnan(values) | bad).any(axis=1))
         if len(held):
-            yield Quantity(key, names, depths, flow.steps[held], values[held], bad[held])
+            yield Quantity(key, names, depths, flow.steps[held], values[held], bad[held], closed[held])
 
 
 def first_layer(flow: Flow) -> list[tuple[float, float]]:

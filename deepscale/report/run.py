@@ -1,7 +1,10 @@
 """What the report knows of a run, wherever it comes from."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deepscale.gradflow.flow import Flow, read
 
@@ -20,6 +23,10 @@ NUMBERS = {
     "planned_memory_bytes": ("peak planned", "bytes"),
     "peak_memory_bytes": ("peak measured", "bytes"),
 }
+
+
+# Settings of a run that are numbers of the table.
+FROM_SETTINGS = {"depth": "built_depth", "parameters": "parameters", "planned_memory_bytes": "planned_memory_bytes"}
 
 
 @dataclass
@@ -44,6 +51,10 @@ class ReportRun:
     started_s: float | None = None
     problem: str = ""
 
+    def all_numbers(self) -> dict[str, float]:
+        """`numbers`, and what its settings say of them."""
+        return numbers_in(self.settings, FROM_SETTINGS) | self.numbers
+
     @property
     def has_record(self) -> bool:
         """Whether there is a record to draw."""
@@ -60,3 +71,12 @@ class ReportRun:
         if self.flow is not None or self.record is None:
             return self.flow
         return read(self.record)
+
+
+def numbers_in(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, float]:
+    """The values that are numbers: key -> the value of this name."""
+    found = {}
+    for key, name in names.items():
+        with suppress(KeyError, TypeError, ValueError):
+            found[key] = float(values[name])
+    return found

@@ -46,7 +46,8 @@ def runs_csv(runs: Iterable[ReportRun], settings: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", "id", *NUMBERS, "converged", "verdict", "status", *settings])
     for run in runs:
-        own: list[Any] = [run.numbers.get(key, "") for key in NUMBERS]
+        numbers = run.all_numbers()
+        own: list[Any] = [numbers.get(key, "") for key in NUMBERS]
         converged = "" if run.converged is None else str(run.converged).lower()
         writer.writerow([run.name, run.id, *own, converged, run.verdict, run.status, *(run.settings.get(key, "") for key in settings)])
     return text.getvalue()

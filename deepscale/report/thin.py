@@ -14,21 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.floating[Any]]
+Counts = NDArray[np.int16]
+
 LEVELS_PER_DECADE = 700
 GAP = -32768  # a point without a positive, finite value
 
 
 @dataclass
 class Thinned:
-    """R curves of P points. levels: (R, P) 700 x log10, or GAP. zeros, nonfinite: (R, P) how many of the point's values are."""
+    """R curves of P points. levels: (R, P) 700 x log10, or GAP. The others: (R, P) how many of the point's values are so."""
 
-    levels: NDArray[np.int16]
-    zeros: NDArray[np.int16]
-    nonfinite: NDArray[np.int16]
+    levels: Counts
+    zeros: Counts
+    nonfinite: Counts
+    closed: Counts
 
     def packed(self) -> dict[str, str]:
         """The arrays as base64, for JSON; counts only where there are any."""
-        arrays = {"y": self.levels} | {key: counts for key, counts in (("z", self.zeros), ("n", self.nonfinite)) if counts.any()}
+        counts = {"z": self.zeros, "n": self.nonfinite, "c": self.closed}
+        arrays = {"y": self.levels} | {key: count for key, count in counts.items() if count.any()}
         return {key: base64.b64encode(array.astype("<i2").tobytes()).decode() for key, array in arrays.items()}
 
 
@@ -37,20 +43,28 @@ def edges(size: int, points: int) -> NDArray[np.int64]:
     return np.linspace(0, size, min(size, points) + 1).astype(np.int64)
 
 
-def thin(values: NDArray[np.floating[Any]], bins: NDArray[np.int64], broken: NDArray[np.bool_] | None = None) -> Thinned:
-    """Curves of points from (R, L) values; `broken` (R, L) marks values that count as non-finite though they are recorded as NaN."""
-    infinite = np.isinf(values) if broken is None else np.isinf(values) | broken
-    positive = (values > 0) & ~infinite
-    logs = np.log10(values, out=np.zeros(values.shape), where=positive)
-    starts = bins[:-1]
+def thin(values: Floats, bins: NDArray[np.int64], broken: Bools | None = None, closed: Bools | None = None) -> Thinned:
+    """Curves of points from (R, L) values.
 
+    broken (R, L) marks values that count as non-finite though they are recorded as NaN, closed (R, L) zeros that gamma explains.
+    """
+    none = np.zeros(values.shape, bool)
+    rows = zip(values, none if broken is None else broken, none if closed is None else closed, strict=True)
+    # Row by row: 100 records of 100,000 layers at once would take some 500 MB.
+    return Thinned(*(np.stack(part) for part in zip(*(_thin_row(*row, bins[:-1]) for row in rows), strict=True)))
+
+
+def _thin_row(values: Floats, broken: Bools, closed: Bools, starts: NDArray[np.int64]) -> tuple[Counts, Counts, Counts, Counts]:
     def total(of: NDArray[Any]) -> NDArray[np.float64]:
-        return np.add.reduceat(of, starts, axis=1, dtype=np.float64)
+        return np.add.reduceat(of, starts, dtype=np.float64)
 
+    infinite = np.isinf(values) | broken
+    positive = (values > 0) & ~infinite
     counts = total(positive)
-    mean = total(logs) / np.maximum(counts, 1)
+    mean = total(np.log10(values, out=np.zeros(values.shape), where=positive)) / np.maximum(counts, 1)
     levels = np.where(counts > 0, np.rint(mean * LEVELS_PER_DECADE).clip(-32767, 32767), GAP).astype(np.int16)
-    return Thinned(levels, *(total(of).clip(0, 32767).astype(np.int16) for of in ((values == 0) & ~infinite, infinite)))
+    zeros, nonfinite, shut = (total(of).clip(0, 32767).astype(np.int16) for of in ((values == 0) & ~infinite, infinite, closed))
+    return levels, zeros, nonfinite, shut
 
 
 def chosen(count: int, most: int) -> NDArray[np.int64]:
