@@ -25,7 +25,7 @@ from tests.flows import made_up_flow
 def real_flow(depth: int, **settings: object) -> Flow:
     """One record of the plain published network at its initial values, by hooks and a loop over `p.grad`."""
     torch.set_num_threads(1)  # operators this small gain nothing from more
-    model = PlainConvNeXt(ModelConfig(depth=depth, width=8, patch_size=4, **settings)).initialise(0)  # type: ignore[arg-type]
+    model = PlainConvNeXt(ModelConfig(depth=depth, patch_size=4, **{"width": 8, **settings})).initialise(0)  # type: ignore[arg-type]
     flow = made_up_flow(depth, 1, gamma=model.config.gamma_init)
     outputs: list[Tensor] = []
     derivatives: list[Tensor] = []
@@ -95,6 +95,8 @@ def test_default_network_is_healthy_and_without_skip_vanishing() -> None:
         (110, {"skip": "none", "layerscale_init": 50.0, "activation": "relu", "norm": "batchnorm"}, "exploding"),
         (1004, {"layerscale_init": None}, "healthy"),
         (1004, {"skip": "none", "activation": "tanh"}, "vanishing"),  # without an exact zero
+        (1004, {"skip": "none", "width": 16}, "vanishing"),  # though it is a million times larger in between
+        (1004, {"skip": "none", "width": 32}, "exploding"),  # LayerNorm keeps the signal alive
         (1004, {"skip": "none", "layerscale_init": 3000.0, "norm": "none"}, "non-finite"),
     ],
 )
@@ -200,6 +202,17 @@ def test_models_without_blocks_are_judged_by_their_weights() -> None:
     millionth.output_grad_l2[:] = np.nan
     millionth.mean_abs[:, np.isin(millionth.layer_kinds, ("dwconv", "pwconv1", "pwconv2"))] *= 1e-6
     assert verdict(millionth).label == "healthy"
+
+
+def test_a_stem_that_no_longer_moves_is_vanishing() -> None:
+    """Mean |g| of 1e-9 at the stem and 1e-3 at the head; the same factor everywhere is a network that has learnt all it can."""
+    flow = made_up_flow(110)
+    flow.mean_abs[0, 0], flow.mean_abs[0, -1] = 1e-9, 1e-3
+    flow.mean_abs[1] *= 1e-6
+    assert verdict(flow, 0).sentence == "vanishing: mean |g| of stem.conv (layer 1) is 1e-09, 1e-06 of the last layer's over 110 layers"
+    assert verdict(flow, 1).label == "healthy"
+    flow.mean_abs[2, 0], flow.zeros[2, 0] = 0, 1
+    assert verdict(flow, 2).sentence == "vanishing: the gradient of stem.conv (layer 1) is exactly 0"
 
 
 def test_scalars_are_finite_and_left_out_where_undefined() -> None:
