@@ -37,7 +37,7 @@ def colours_of(path: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(("depth", "records"), [(26, 1), (26, 60), (110, 12)])
+@pytest.mark.parametrize(("depth", "records"), [(26, 1), (110, 60)])
 def test_heatmap_of_numbers_only(tmp_path: Path, depth: int, records: int) -> None:
     """Positive numbers: no cell has a colour that stands for something else, but for the smoothed edges of black text."""
     flow = made_up_flow(depth, records, decades=3.0)
