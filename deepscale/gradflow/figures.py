@@ -3,6 +3,7 @@
 Logarithms are taken of positive values only; exact zeros, what is not finite and what is not recorded have colours of their own.
 """
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def heatmap(flow: Flow, path: Path) -> Path:
     if seen:
         patches = [pyplot.Rectangle((0, 0), 1, 1, facecolor=CELLS[name], edgecolor="#8f8f8f", linewidth=0.5) for name in CELLS if name in seen]
         figure.legend(patches, [name for name in CELLS if name in seen], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(f"{flow.meta.get('run_name', 'gradient flow')} · {flow.depth:,} layers", fontsize=11)
+    name = f"{flow.meta.get('run_name', 'gradient flow')} · {flow.depth:,} layers"
+    figure.suptitle("\n".join(textwrap.wrap(name, 60 * len(panels))), fontsize=11)
     return _saved(pyplot, figure, path)
 
 
