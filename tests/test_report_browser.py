@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flows import made_up_flow
 from test_report import EVIL, made_up_runs
 
 from deepscale.report import ReportRun, tables, write_page, write_report
@@ -183,12 +184,11 @@ def test_figures_are_read_with_mouse_and_keyboard_and_runs_are_hidden(tmp_path: 
 
 def test_zeros_and_what_is_not_finite_are_marked_in_their_strips(tmp_path: Path, open_page: Open) -> None:
     """gamma 0 at the first record, NaN at the last: no logarithm of either, and the readout says what it is."""
-    run = made_up_runs(1, depths=(26,))[0]
-    assert run.flow is not None
-    run.flow.mean_abs[0, 1:4] = 0.0
-    run.flow.nonfinite[-1, 2:] = 1.0
-    run.flow.mean_abs[-1, 2:] = np.nan
-    page = open_page(write_page([run], tmp_path / "one.html", single_file=True))
+    flow = made_up_flow(26, 4, gamma=0.0)
+    flow.mean_abs[0, 0] = 0.0
+    flow.nonfinite[-1, 2:] = 1.0
+    flow.mean_abs[-1, 2:] = np.nan
+    page = open_page(write_page([ReportRun("a", "id-0", flow=flow)], tmp_path / "one.html", single_file=True))
     page.select_option("#run select", "weight")
     page.locator("#run canvas").nth(1).focus()
     page.keyboard.press("Shift+ArrowRight")
@@ -197,14 +197,27 @@ def test_zeros_and_what_is_not_finite_are_marked_in_their_strips(tmp_path: Path,
     page.keyboard.press("Home")
     page.locator("#run canvas").nth(1).focus()
     page.keyboard.press("ArrowRight")
+    assert page.inner_text("#tip").endswith("layer 1\nexactly 0")
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#tip").endswith("layer 2\nexactly 0")
-    assert "exactly 0" in page.inner_text("#run .scale")
-    assert "not finite" in page.inner_text("#run .scale")
+    assert page.inner_text("#tip").endswith("layer 2\nexactly 0: closed by gamma")
+    assert page.locator("#run .scale span").all_inner_texts() == ["exactly 0", "exactly 0: closed by gamma", "not finite"]
     levels = page.evaluate(
         "unpacked(data.details['id-0'].weight).flatMap(row => Array.from(row.y)).filter(v => !Number.isFinite(v) && !Number.isNaN(v))"
     )
     assert levels == []
+
+
+def test_probes_have_one_record_each_and_no_first_and_last(tmp_path: Path, open_page: Open) -> None:
+    page = open_page(write_report(made_up_runs(3, records=1, depths=(26,)), tmp_path))
+    assert page.locator("figure:visible figcaption").all_inner_texts()[:2] == [
+        "Gradient norm at the block outputs, at the only record",
+        "Standard deviation of the block outputs, at the only record",
+    ]
+    assert page.is_hidden("#training")
+    page.click("tbody tr:first-child th button")
+    page.wait_for_selector("#run .stepper")
+    assert page.inner_text("#run .stepper output") == "step 1"
+    assert page.is_hidden("#run figure.wide")
 
 
 def test_a_narrow_page_does_not_scroll_sideways_and_dark_is_dark(tmp_path: Path, open_page: Open) -> None:

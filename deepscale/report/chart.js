@@ -4,7 +4,7 @@
 const SUPERSCRIPT = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
 const MARGIN = { left: 50, right: 14, label: 96, top: 10, bottom: 36 };
-const BAND = 16; // height of the strips for what has no logarithm
+const BAND = 18; // height of the strips for what has no logarithm
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const theme = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -198,8 +198,11 @@ class Chart extends Plot {
       s.hollow ? c.stroke() : c.fill();
     }
     c.setLineDash([]);
-    for (const [counts, top] of [[s.zeros, this.area.bottom + 3], [s.nonfinite, this.area.top - BAND + 2]])
-      counts?.forEach((n, i) => n && c.fillRect(this.px(s.x[i]) - 1, top, 2, BAND - 5));
+    for (const [key, top] of [["zeros", this.area.bottom + 3], ["nonfinite", this.area.top - BAND + 2]]) {
+      // Up to six runs each have a lane of their own in the strip.
+      const marked = this.series.filter((other) => other[key]), lanes = Math.min(6, marked.length), height = (BAND - 5) / lanes;
+      s[key]?.forEach((n, i) => n && c.fillRect(this.px(s.x[i]) - 1, top + (marked.indexOf(s) % lanes) * height, 2, Math.max(1.5, height - 0.5)));
+    }
   }
 
   // Axes, direct labels, and what is pointed at.

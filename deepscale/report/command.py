@@ -29,14 +29,15 @@ def main(arguments: list[str]) -> None:
         resend_all(Path("runs"))
         return
     warnings: list[str] = []
-    title = given.experiment or ("" if given.runs else EXPERIMENT)
     if given.runs:
+        title = f"Experiment {given.experiment}" if given.experiment else ""
         runs = collect.named(given.runs, given.experiment)
     else:
-        runs, warnings = collect.of_experiment(title)
+        title = f"Experiment {given.experiment or EXPERIMENT}"
+        runs, warnings = collect.of_experiment(given.experiment or EXPERIMENT)
+    page = write_report(runs, given.out, title=title, warnings=warnings, single_file=given.single_file)
     for warning in warnings:
         print(f"deepscale: {warning}", file=sys.stderr)
-    page = write_report(runs, given.out, title=title, warnings=warnings, single_file=given.single_file)
     print(f"{page}: {len(runs):,} {'run' if len(runs) == 1 else 'runs'}, {_size(page)}; open it in a browser")
 
 

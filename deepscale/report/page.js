@@ -173,7 +173,7 @@ function scatter(id, caption, kinds, options, floor) {
 function against() {
   scatter("accuracy", "Accuracy: ● validation, ○ test", [["validation_accuracy", "validation"], ["test_accuracy", "test", true]],
     { yFormat: (v) => `${Math.round(100 * v)} %`, rule: { value: 0.5, text: "converged: validation above 50 %" } }, [0, 1]);
-  scatter("memory", "Peak memory: ● measured, ○ planned", [["peak_memory_bytes", "measured"], ["planned_memory_bytes", "planned", true]],
+  scatter("memory", "Peak memory: ● measured, with what was there at the start; ○ planned, without", [["peak_memory_bytes", "measured"], ["planned_memory_bytes", "planned", true]],
     { yLog: true, yFormat: (v) => `${number(v)} GiB` });
   byId("against").hidden = single || (byId("accuracy").hidden && byId("memory").hidden);
 }
@@ -255,7 +255,8 @@ function table() {
     return el("tr", { dataset: { id: run.id }, onpointerenter: () => setHot(run), onpointerleave: () => setHot(null) }, el("th", { scope: "row" }, name), ...cells);
   });
   byId("table").querySelector("table").append(el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));
-  byId("table-note").append("Settings are the ones that differ between the runs. Converged: validation accuracy above 50 %. ", data.table ? link(data.table, "all settings as CSV") : "");
+  byId("table-note").append("Settings are the ones that differ between the runs. ",
+    columns.some((column) => column.key === "converged") ? "Converged: validation accuracy above 50 %. " : "", data.table ? link(data.table, "all settings as CSV") : "");
 }
 
 function sort(c) {
