@@ -77,7 +77,7 @@ def test_default_network_is_healthy_and_without_skip_vanishing() -> None:
     assert vanishing.numbers["first_last_ratio"] == 0
     zero = np.flatnonzero(without.output_grad_l2[0] == 0)
     where = f"{len(zero)} of 334 block outputs, from layer {without.block_depths[zero[-1]]} back to the first"
-    assert vanishing.sentence.startswith(f"vanishing: the gradient is exactly 0 at {where}; towards the image it falls by 101 decades")
+    assert vanishing.sentence.startswith(f"vanishing: the gradient is exactly 0 at {where}; within the stages it falls by 101 decades")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_labels_of_made_up_records() -> None:
     assert (found.label, verdict(exploding).label) == ("vanishing", "exploding")
     assert found.numbers["slope_decades_per_1000_layers"] == pytest.approx(8000 / 1004, rel=0.01)
     assert verdict(exploding).numbers["slope_decades_per_1000_layers"] == pytest.approx(-8000 / 1004, rel=0.01)
-    assert "of the last block's; towards the image it falls by 7.9 decades" in found.sentence
+    assert "of the last block's; within the stages it falls by 7.9 decades" in found.sentence
     assert verdict(vanishing, thresholds=Thresholds(vanishing_ratio=1e-9)).label == "healthy"
     vanishing.nonfinite[1, [0, 700]] = 0.5
     found = verdict(vanishing, 1)
@@ -160,7 +160,7 @@ def test_labels_of_made_up_records() -> None:
     assert verdict(large, 3).label == "healthy"
     bulge = made_up_flow(26)
     bulge.output_grad_l2[:, 3] = 1e3
-    assert verdict(bulge).sentence.startswith("exploding: at layer 13 it is ")
+    assert verdict(bulge).sentence.startswith("exploding: the gradient at layer 13 of 26 is ")
 
 
 def test_steps_between_stages_are_not_depths_effect() -> None:
@@ -209,7 +209,7 @@ def test_a_stem_that_no_longer_moves_is_vanishing() -> None:
     flow = made_up_flow(110)
     flow.mean_abs[0, 0], flow.mean_abs[0, -1] = 1e-9, 1e-3
     flow.mean_abs[1] *= 1e-6
-    assert verdict(flow, 0).sentence == "vanishing: mean |g| of stem.conv (layer 1) is 1e-09, 1e-06 of the last layer's over 110 layers"
+    assert verdict(flow, 0).sentence == "vanishing: mean |g| of stem.conv (layer 1) is 1e-09, 1e-06 of the last layer's, over 110 layers"
     assert verdict(flow, 1).label == "healthy"
     flow.mean_abs[2, 0], flow.zeros[2, 0] = 0, 1
     assert verdict(flow, 2).sentence == "vanishing: the gradient of stem.conv (layer 1) is exactly 0"

@@ -20,7 +20,7 @@ TICKS = 8
 # Okabe and Ito's palette, told apart by colour-blind readers; the yellow is left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8f8f8f")
 STYLES = ("-", (0, (4, 2)), (0, (1.5, 1.5)))  # one line on top of another still shows both
-DECADES = 20  # on the axis of an overlay: a gradient below that is gone
+BELOW, ABOVE = 16, 12  # decades that an overlay shows around where the curves begin: what leaves them has vanished or exploded
 # Cells without a logarithm: what they are called, and a colour that viridis does not have.
 CLOSED, ZERO, NONFINITE, NOTHING = "exactly 0: closed by gamma", "exactly 0", "NaN or infinite", "not recorded"
 CELLS = {CLOSED: "#e3e3e3", ZERO: "#8f8f8f", NONFINITE: "#d7191c", NOTHING: "#ffffff"}
@@ -61,8 +61,9 @@ def heatmap(flow: Flow, path: Path) -> Path:
 def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1, title: str = "") -> Path:
     """Writes a PNG of one record of each flow against depth: the gradient at the block outputs, and the signal's standard deviation.
 
-    Flows of different depths are drawn on relative depth. At most `DECADES` below the largest value are shown; a band under them
-    holds what is exactly 0. Raises UsageError where there is nothing to draw.
+    Flows of different depths are drawn on relative depth. At most `BELOW` and `ABOVE` decades are shown around the values that the
+    gradient has at the last block and the signal at the first; a band under them holds what is exactly 0. Raises UsageError
+    where there is nothing to draw.
     """
     drawn = {name: flow for name, flow in flows.items() if len(flow.steps) and len(flow.block_names)}
     if not drawn:
@@ -91,8 +92,10 @@ def _lines(axis: Any, lines: Mapping[str, Doubles], left: bool) -> None:
     ]
     shown = np.concatenate([line[:, 1] for line in lines.values()])
     shown = shown[shown > 0]
-    high = float(shown.max()) * 2 if len(shown) else 1.0
-    low = max(float(shown.min()) / 2, high / 10**DECADES) if len(shown) else 0.1
+    origins = [line[-1 if left else 0, 1] for line in lines.values() if len(line)]
+    origin = float(np.median([value for value in origins if value > 0] or [1.0]))
+    low = max(float(shown.min(initial=origin)) / 2, origin / 10**BELOW)
+    high = min(float(shown.max(initial=origin)) * 2, origin * 10**ABOVE)
     strips = {label: 0.025 * (i + 1) for i, label in enumerate(label for label, line in lines.items() if (line[:, 1] == 0).any())}
     band = 0.025 * (len(strips) + 2.5) if strips else 0.0
     axis.set_yscale("log")
@@ -113,7 +116,7 @@ def _lines(axis: Any, lines: Mapping[str, Doubles], left: bool) -> None:
         )
         dots[0].set_zorder(4)
         share = band + (1 - band) * np.log(end / low) / np.log(high / low) if end > 0 else strips.get(label, 0.0)
-        ends.append(float(np.clip(share, 0, 1)))
+        ends.append(float(np.clip(share, band if end > 0 else 0, 1)))
     axis.set_ylim(low / (high / low) ** (band / (1 - band)), high)
     _label_ends(axis, list(lines), ends, looks, left)
 

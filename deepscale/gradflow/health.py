@@ -65,6 +65,7 @@ class _Findings:
     ratio: float  # first point over last; NaN where not defined
     largest: float  # over the last point
     slope: float
+    stages: int  # groups of points, between which steps are not depth's effect
     closed: Bools
     dead: Bools
     dead_blocks: int
@@ -125,6 +126,7 @@ def _examine(flow: Flow, record: int, limits: Thresholds) -> _Findings:
         ratio=float(known[0] / known[-1]) if defined else np.nan,
         largest=float(known.max() / known[-1]) if defined else np.nan,
         slope=slope(values, depths, groups),
+        stages=len(np.unique(groups)),
         closed=closed,
         dead=zero & flow.weights & ~closed & ~_behind_zero(flow, outputs),
         dead_blocks=dead_blocks,
@@ -183,7 +185,9 @@ def _vanishing(found: _Findings) -> str:
     if found.on_blocks and known[0] == 0:
         run = int(np.argmax(known != 0)) if known.any() else len(known)  # block outputs from the first on
         place = f"{run:,} of {len(known):,} block outputs, from layer {found.depths[recorded][run - 1]:,} back to the first"
-        return f"the gradient is exactly 0 at {place}{_slope(found)}{_layers(found)}"
+        if found.largest > found.limits.exploding_ratio:
+            return f"the gradient is exactly 0 at {place}, but {_bulge(found)}"
+        return f"the gradient is exactly 0 at {place}{_slope(found) if found.slope > 0 else ''}{_layers(found)}"
     if found.ratio < found.limits.vanishing_ratio:
         return _over_depth(found) + (f", but {_bulge(found)}" if found.largest > found.limits.exploding_ratio else "")
     if found.stem_zero:
@@ -201,7 +205,7 @@ def _exploding(found: _Findings) -> str:
     if found.ratio > found.limits.exploding_ratio:
         return _over_depth(found)
     if found.largest > found.limits.exploding_ratio:
-        return _bulge(found) + _layers(found)
+        return _bulge(found)
     l2 = np.nan_to_num(found.l2, nan=0.0, posinf=np.inf)
     if l2.max() > found.limits.exploding_l2:
         return f"the gradient of {found.layer(int(l2.argmax()))} has L2 norm {_number(l2.max())}, over {found.limits.exploding_l2:,.0f}"
@@ -228,18 +232,22 @@ def _over_depth(found: _Findings) -> str:
 
 
 def _bulge(found: _Findings) -> str:
-    return f"at layer {found.depths[np.nanargmax(found.values)]:,} it is {_times(found.largest)} the last {'block' if found.on_blocks else 'layer'}'s"
+    what, place = ("the gradient", "block") if found.on_blocks else ("mean |g|", "layer")
+    return f"{what} at layer {found.depths[np.nanargmax(found.values)]:,} of {found.flow.depth:,} is {_times(found.largest)} the last {place}'s"
 
 
 def _slope(found: _Findings) -> str:
     if not np.isfinite(found.slope):
         return ""
     size = "less than 0.01" if abs(found.slope) < 0.01 else _number(abs(found.slope))
-    return f"; towards the image it {'falls' if found.slope > 0 else 'grows'} by {size} decades per 1,000 layers"
+    inside = "within the stages" if found.stages > 1 else "towards the image"
+    return f"; {inside} it {'falls' if found.slope > 0 else 'grows'} by {size} decades per 1,000 layers" + (
+        " towards the image" if found.stages > 1 else ""
+    )
 
 
 def _layers(found: _Findings) -> str:
-    return f" over {found.flow.depth:,} layers"
+    return f", over {found.flow.depth:,} layers"
 
 
 def _times(ratio: float) -> str:
