@@ -1,13 +1,18 @@
 """Which layers and blocks of a model are recorded: their names, their places on the path, and the parameters they lie in."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from torch import nn
 
+from deepscale.errors import UsageError
 from deepscale.models.convnext import ConvNeXt
 
 KINDS = {"dwconv.weight": "dwconv", "pwconv1.weight": "pwconv1", "pwconv2.weight": "pwconv2", "gamma": "gamma"}
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 UNCOUNTED = ("gamma", "downsample")  # no layers of their own in the original study's count
 
 
@@ -60,16 +65,51 @@ def layout_of_convnext(model: ConvNeXt) -> Layout:
     return layout
 
 
-def layout_of_modules(model: nn.Module, blocks: list[str]) -> Layout:
-    """Any other model: every weight with two dimensions or more, in the order of `named_parameters`, and the blocks given by name."""
-    layout, place = Layout(), {}
+def default_blocks(model: nn.Module, owners: set[str]) -> list[str]:
+    """The names of a model's blocks: the outermost children of its nn.Sequential and nn.ModuleList that hold a layer.
+
+    `owners` are the modules in which layers lie. A container in a container is descended into; a subclass of one is a block like
+    any other module. Without containers, the modules that own the layers.
+    """
+    holding = {part for owner in owners for part in accumulate(owner.split("."), "{}.{}".format)}
+
+    def visit(module: nn.Module, prefix: str) -> Iterator[str]:
+        listed = type(module) in CONTAINERS
+        for own, child in module.named_children():
+            name = f"{prefix}{own}"
+            if listed and type(child) not in CONTAINERS:
+                if name in holding:
+                    yield name
+            else:
+                yield from visit(child, f"{name}.")
+
+    return list(visit(model, "")) or [name for name, _ in model.named_modules() if name and name in owners]
+
+
+def layout_of_modules(model: nn.Module, blocks: list[str] | None) -> Layout:
+    """Any other model: every weight with two dimensions or more, in the order of `named_parameters`; and the blocks given, or found, by name.
+
+    A block's depth is that of its last layer, or of the last one before it. Raises UsageError for a model without such weights, and
+    for a block that is no module of it.
+    """
+    layout, deepest = Layout(), dict[str, int]()
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and parameter.requires_grad:
+        if parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:  # ZeRO-3 leaves a parameter flat and empty
             layout.add(name, "weight", name)
-            for block in blocks:
-                if name.startswith(f"{block}."):
-                    place[block] = layout.depths[-1]
-    layout.block_names = blocks
-    layout.block_depths = [place.get(block, 0) for block in blocks]
-    layout.block_groups = [0] * len(blocks)
+            for owner in accumulate(name.split(".")[:-1], "{}.{}".format):
+                deepest[owner] = layout.depths[-1]
+    if not layout.names:
+        raise UsageError("the model has no weight with two dimensions or more that is trained: there is nothing to record")
+    known, owners = dict(model.named_modules()), Counter(name.rpartition(".")[0] for name in layout.names)
+    for block in blocks or ():
+        if not block or block not in known:
+            raise UsageError(f"the model has no module {block!r}; blocks are names from its named_modules(), such as {next(iter(deepest), None)!r}")
+    names = default_blocks(model, set(owners)) if blocks is None else blocks
+    depth, depths = 0, dict[str, int]()
+    for name in known:
+        depth += owners[name]
+        depths[name] = deepest.get(name, depth)
+    layout.block_names = sorted(dict.fromkeys(names), key=lambda name: depths[name])
+    layout.block_depths = [depths[name] for name in layout.block_names]
+    layout.block_groups = [0] * len(layout.block_names)
     return layout

@@ -1,7 +1,7 @@
 """The numbers of a record: sums over this rank's shares of the parameters, then over the ranks, in one vector each.
 
-Norms are summed in float64, those of gradients over rows scaled to a largest magnitude of 1: the squares of a vanishing
-gradient leave float32's range long before the gradient does.
+Squares are summed in float64: those of a vanishing gradient leave float32's range long before the gradient does, and torch sums the
+squares of a long row one after the other. Magnitudes are summed in rows scaled to a largest one of 1.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class Measured:
         self.numel[layers] = float(size)
         for first, g in rows_of(share.gradient, share.start, size):
             at = layers[first : first + len(g)]
-            magnitude = g.abs()
+            magnitude = g.abs().to(torch.promote_types(g.dtype, torch.float32))
             top, bottom = magnitude.amax(1), magnitude.amin(1)
             # On a GPU counting is cheaper than asking whether there is anything to count.
             if g.is_cuda or not bool((bottom > 0).all()):
@@ -55,10 +55,9 @@ class Measured:
                 self.nonfinite[at] += (~torch.isfinite(g)).sum(1).to(f64)
             scale = torch.where(torch.isfinite(top) & (top > 0), top, 1.0)
             magnitude /= scale[:, None]
-            scale = scale.to(f64)
-            self.absolute[at] += magnitude.sum(1).to(f64) * scale
-            self.square[at] += (torch.linalg.vector_norm(magnitude, dim=1).to(f64) * scale).square_()
+            self.absolute[at] += magnitude.sum(1).to(f64) * scale.to(f64)
             self.top[at] = torch.maximum(self.top[at], top.to(f64))
+        self._squares(self.square, layers, share.start, share.gradient, size)
         self._squares(self.weight_square, layers, share.start, share.weight, size)
 
     def change(self, layers: Tensor, share: Share, before: Tensor, size: int) -> None:

@@ -1,5 +1,6 @@
 """The blocks of a model while they run on a recorded step: the observers that are attached to them, and what they come to."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,22 @@ from deepscale.models.convnext import ConvNeXt
 from deepscale.models.observe import BlockObserver
 
 
+class Observer(Protocol):
+    """What one or more blocks do in the passes of an optimiser step."""
+
+    activations: bool  # whether saturation is counted
+    sums: Tensor  # these two add up over ranks
+    saturated: Tensor
+
+    def collect(self) -> None:
+        """Makes the sums of what passes have shown."""
+        ...
+
+    def statistics(self) -> dict[str, Tensor]:
+        """(n,) of each of `BLOCK_FIELDS`, of its n blocks, from the sums."""
+        ...
+
+
 class Observation(Protocol):
     """Observers of all blocks of a model, in path order."""
 
@@ -18,8 +35,8 @@ class Observation(Protocol):
         """Begins to observe every pass; `activations` says whether saturation is counted."""
         ...
 
-    def detach(self) -> list[BlockObserver]:
-        """Ends it, and gives the observers with their sums."""
+    def detach(self) -> Sequence[Observer]:
+        """Ends it, and gives the observers; none where nothing was attached."""
         ...
 
 
@@ -42,7 +59,7 @@ class StackObservation:
         return attached
 
 
-def statistics(observers: list[BlockObserver], spread: bool, loss_scale: float) -> dict[str, Tensor]:
+def statistics(observers: Sequence[Observer], spread: bool, loss_scale: float) -> dict[str, Tensor]:
     """(N,) each, over the passes of all ranks if they are `spread` over ranks: one message. Empty without observers."""
     if not observers:
         return {}

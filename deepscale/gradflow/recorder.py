@@ -8,9 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepscale.engine import Engine, Share, replicated
+from deepscale.errors import UsageError
 from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Flow
-from deepscale.gradflow.layers import Layout, layout_of_convnext
+from deepscale.gradflow.layers import Layout, layout_of_convnext, layout_of_modules
 from deepscale.gradflow.measure import Measured
+from deepscale.gradflow.modules import ModuleObservation
 from deepscale.gradflow.observation import Observation, StackObservation, statistics
 from deepscale.models.convnext import ConvNeXt
 
@@ -18,40 +20,56 @@ RECORDS = 200
 BYTES = 100e6  # of all records
 CHANGE_BYTES = 8 * 2**20  # of weights are copied to see how much a step changes them, or 1/8 of all where that is more
 CHANGE_SHARE = 1 / 8
+ALONE = ("stem", "downsample", "head")  # always among them
 
 
 class Recorder:
     """Records of a model's gradient flow.
 
-        recorder = Recorder(model)
-        for step, (images, labels) in enumerate(batches, 1):
-            recorder.begin(step)                          # only on steps that are to be recorded
-            cross_entropy(model(images), labels).backward()
-            recorder.gradients()                          # when the gradients are complete, before clipping
-            optimizer.step()
-            recorder.finish()                             # what the step changed
-            optimizer.zero_grad()
-        flow = recorder.flow()                            # flow.mean_abs[record, layer]; flow.save(path)
+        import torch, torchvision
+        from deepscale.gradflow import Recorder
 
-    With an `engine` of deepscale (engine.py), gradients are those that ZeRO has spread over the ranks; every rank must call every
-    method. Without one they are `p.grad` of this process. Memory for `records` records is set aside at once, at most 100 MB; when it
-    is full, every other record is dropped.
+        model = torchvision.models.resnet18(num_classes=10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        recorder = Recorder(model)
+        for step in range(1, 4):
+            images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+            recorder.begin(step)                  # before the passes of a step that is to be recorded; the others are not touched
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            recorder.gradients()                  # when the gradients are complete, before clipping
+            optimizer.step()
+            recorder.finish()                     # what the step changed
+            optimizer.zero_grad()
+        flow = recorder.flow()                    # flow.mean_abs[record, layer]; flow.save(path)
+
+    Any model: layers are its weights with two dimensions or more, in the order of `named_parameters`. `blocks` are the names of the
+    modules whose outputs are observed, by default the children of its nn.Sequential and nn.ModuleList (layers.py); what nn.ReLU, GELU,
+    SiLU, Tanh and Sigmoid do is counted to the block that they run in or after, functions are not seen. deepscale's own ConvNeXt has
+    its layers and blocks by the plain network's names, and no `blocks`.
+
+    Gradients are `p.grad` of this process, or, with an `engine` of deepscale (engine.py), those that ZeRO has spread over the ranks;
+    then every rank must call every method. Under a GradScaler, call `scaler.unscale_(optimizer)` before `gradients`, and tell it the
+    scale. Under DistributedDataParallel `p.grad` is the mean over ranks, blocks are those of this rank's images and loss. Under
+    DataParallel, and where a model is compiled, leave out `begin` and call `gradients(step)`: hooks do not see one pass there. With
+    activation checkpointing, a block's means are those of its passes with gradients, computed twice or not.
+
+    Memory for `records` records is set aside at once, at most 100 MB; when it is full, every other record is dropped. Raises UsageError
+    for a model with nothing to record and for blocks that it does not have.
     """
 
-    def __init__(self, model: nn.Module, *, engine: Engine | None = None, records: int = RECORDS) -> None:
+    def __init__(self, model: nn.Module, *, engine: Engine | None = None, records: int = RECORDS, blocks: list[str] | None = None) -> None:
         self.engine = engine
         self.spread = engine is not None and dist.is_initialized() and dist.get_world_size() > 1
         self.parameters = dict(model.named_parameters())
-        first = next(iter(self.parameters.values()))
+        first = next(iter(self.parameters.values()), torch.empty(0))
         self.device = first.device
-        self.layout, self.observation = _parts(model, self.device)
+        self.layout, self.observation = _parts(model, self.device, blocks)
         self.static = self.layout.arrays()
-        layers, blocks = len(self.layout.names), len(self.layout.block_names)
         self.layers = {name: torch.tensor(rows, device=self.device) for name, rows in self.layout.rows.items()}
         self.sizes = {name: _elements(self.parameters[name]) // len(rows) for name, rows in self.layout.rows.items()}
         self.changing = _spread(self.layout, {name: size * len(self.layout.rows[name]) for name, size in self.sizes.items()})
         dtype = np.float64 if first.dtype == torch.float64 else np.float32
-        width = len(LAYER_FIELDS) * layers + len(BLOCK_FIELDS) * blocks
+        width = len(LAYER_FIELDS) * len(self.layout.names) + len(BLOCK_FIELDS) * len(self.layout.block_names)
         # Thinning keeps the first and the last, and must make room for one.
         self.capacity = max(3, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
         self.values = np.empty((self.capacity, width), dtype)
@@ -65,8 +83,11 @@ class Recorder:
         self.observation.attach(activations)
 
     @torch.no_grad()
-    def gradients(self, step: int | None = None) -> None:
-        """Between the last backward and the step. With `step`, records a step that `begin` was not called for, without its blocks."""
+    def gradients(self, step: int | None = None, loss_scale: float = 1.0) -> None:
+        """Between the last backward and the step. With `step`, records a step that `begin` was not called for, without its blocks.
+
+        `loss_scale` is what the loss was multiplied by before backward, with `p.grad` divided by it since; an engine knows its own.
+        """
         if step is not None:
             self._next(step)
         measured = Measured(len(self.layout.names), self.device)
@@ -76,7 +97,7 @@ class Recorder:
             if name in self.changing:
                 self.before[name] = share, share.weight.clone()
         measured.add_up(self.spread)
-        scale = self.engine.loss_scale() if self.engine is not None else 1.0
+        scale = self.engine.loss_scale() if self.engine is not None else loss_scale
         blocks = statistics(self.observation.detach(), self.spread, scale)
         nothing = torch.full((len(self.layout.block_names),), torch.nan, dtype=torch.float64, device=self.device)
         fields = measured.fields() | {"update_ratio": torch.full_like(measured.top, torch.nan)}
@@ -100,8 +121,9 @@ class Recorder:
         self._field("update_ratio")[len(self.steps) - 1, changing] = ratio[changing]
 
     def flow(self, meta: dict[str, object] | None = None) -> Flow:
-        """All records so far, with `meta` beside them."""
+        """All records so far, with `meta` beside them; views of the recorder's memory, to be saved or copied before more are made."""
         count = len(self.steps)
+        self.static["block_groups"][:] = self.layout.block_groups  # of any model they are known after a pass
         fields = {name: self._field(name)[:count] for name in (*LAYER_FIELDS, *BLOCK_FIELDS)}
         return Flow(np.array(self.steps, np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
 
@@ -129,8 +151,12 @@ class Recorder:
         return replicated(parameter) if self.engine is None else self.engine.share(parameter)
 
 
-def _parts(model: nn.Module, device: torch.device) -> tuple[Layout, Observation]:
-    assert isinstance(model, ConvNeXt)
+def _parts(model: nn.Module, device: torch.device, blocks: list[str] | None) -> tuple[Layout, Observation]:
+    if not isinstance(model, ConvNeXt):
+        layout = layout_of_modules(model, blocks)
+        return layout, ModuleObservation(model, layout, device)
+    if blocks is not None:
+        raise UsageError("the blocks of deepscale's ConvNeXt are those of its stacks, all of which are recorded; leave `blocks` out")
     return layout_of_convnext(model), StackObservation(model, device)
 
 
@@ -140,22 +166,28 @@ def _elements(parameter: nn.Parameter) -> int:
 
 
 def _spread(layout: Layout, elements: dict[str, int]) -> list[str]:
-    """The parameters whose change is measured: all where they are few, else those of every k-th stack and what is in no stack."""
+    """The parameters whose change is measured: all where they are few, else those of every k-th stack or module, and what is in no stack."""
     owners: dict[str, list[str]] = {}
     for name in elements:
         owners.setdefault(name.rpartition(".")[0], []).append(name)
     total = 4 * sum(elements.values())
-    every = math.ceil(total / max(CHANGE_BYTES, CHANGE_SHARE * total))
-    chosen = [names for i, names in enumerate(owners.values()) if i % every == 0 or len(layout.rows[names[0]]) == 1]
-    return [name for names in chosen for name in names]
+    most = max(CHANGE_BYTES, CHANGE_SHARE * total)
+    every = math.ceil(total / most)
+    chosen = []
+    for i, names in enumerate(owners.values()):
+        alone = layout.kinds[layout.rows[names[0]][0]] in ALONE
+        # One module of any model may be larger than all others.
+        if alone or (i % every == 0 and 4 * sum(elements[name] for name in names) <= most):
+            chosen += names
+    return chosen
 
 
 def _said(dtype: np.dtype) -> dict[str, object]:
     """What was recorded, in words, for the file."""
     return {
         "gradients": "of the whole optimiser step's mean loss: averaged over ranks and micro batches, before clipping, without fp16's scale",
-        "layers": "weights of convolutions, linear layers and gammas; no biases, no norms",
-        "update_ratio": "from copies of some stacks' weights, spread over the path; NaN on the others",
+        "layers": "weights of convolutions and linear layers, and gammas; of other models, what has two dimensions or more; no biases, no norms",
+        "update_ratio": "from copies of the weights, or of some stacks' or modules', spread over the path; NaN on the others",
         "saturation": "not counted on every record, NaN where it was not",
         "precision": str(dtype),
     }
