@@ -34,7 +34,13 @@ def made_up_runs(count: int, records: int = 4, depths: tuple[int, ...] = DEPTHS)
         depth, decades = depths[i % len(depths)], 9.0 if i % 3 == 2 else 0.0
         numbers = {"depth": depth, "parameters": depth * 12_000, "validation_accuracy": 0.75 - 0.05 * (i % 9), "step_s": depth * 6e-4}
         numbers |= {"validation_loss": 1 + i / 100, "planned_memory_bytes": 5e8 + depth * 4e5, "peak_memory_bytes": 6e8 + depth * 5e5}
-        settings = {"skip": "none" if decades else "identity", "width": str(8 << i % 2), "activation": "gelu", "data_dir": "/elsewhere/data"}
+        settings = {
+            "skip": "none" if decades else "identity",
+            "width": str(8 << i % 2),
+            "activation": "gelu",
+            "data_dir": "/elsewhere/data",
+            "own": f"/elsewhere/{i}",
+        }
         verdict = "vanishing" if decades else "healthy"
         runs.append(
             ReportRun(f"run {i}", f"id-{i}", settings, numbers, verdict, f"{verdict}: as made up", flow=flows[depth, decades], started_s=1.79e9 + i)
@@ -193,6 +199,10 @@ def test_a_broken_record_is_a_warning_beside_others_and_an_error_alone(tmp_path:
     assert str(tmp_path) not in page.read_text()
     with pytest.raises(UsageError, match="not a readable record"):
         write_report([broken], tmp_path / "report")
+    flow = made_up_flow(26, 1)
+    empty = replace(flow, **{name: getattr(flow, name)[:0] for name in ("steps", *LAYER_FIELDS, *BLOCK_FIELDS)})
+    with pytest.raises(UsageError, match="run 1: its record is empty: no step was recorded"):
+        write_report([replace(other, flow=empty)], tmp_path / "report")
 
 
 def test_no_runs_no_records_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import gzip
 import html
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +31,6 @@ FEWEST_POINTS = 250
 ALL_POINTS = 120_000  # of all runs' curves of one quantity at one record
 RUN_POINTS, RUN_RECORDS = 500, 100  # of one run's heatmap
 SINGLE_FILE_RUNS = 20
-# Settings that say where and not what, or that have a column of their own.
-HIDDEN = {
-    *("depth", "built_depth", "parameters", "planned_memory_bytes", "run_name", "experiment", "data_dir", "checkpoint_dir"),
-    *("local_rank", "deepspeed_config", "resolved_auto", "tracking", "verbose"),
-}
 
 
 def write_report(runs: Sequence[ReportRun], folder: Path, *, title: str = "", warnings: Sequence[str] = (), single_file: bool = False) -> Path:
@@ -70,8 +64,7 @@ def write_page(
         data: dict[str, Any] = {"title": title, "warnings": page.warnings, "runs": rows, "places": page.places}
         data |= {"quantities": {key: text for key, (_, text) in QUANTITIES.items()}, "numbers": NUMBERS, "settings": differing(runs)}
         if tables:
-            names = sorted({name for run in runs for name in run.settings if name not in HIDDEN})
-            data["table"] = page.keep("runs.csv", lambda: runs_csv(runs, names))
+            data["table"] = page.keep("runs.csv", lambda: runs_csv(runs))
         data |= {"details": page.details, "files": page.files}
         _write(path, render(data))
     except OSError as error:
@@ -110,8 +103,8 @@ def script_json(data: Any) -> str:
 
 def differing(runs: Sequence[ReportRun]) -> list[str]:
     """The settings that are not the same in all runs that have settings, in the order of the first run."""
-    known = [run.settings for run in runs if run.settings]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in HIDDEN and not name.startswith("asked_"))
+    known = [run.shown_settings() for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in known for name in settings if not name.startswith("asked_"))
     return [name for name in names if len({settings.get(name) for settings in known}) > 1]
 
 
@@ -132,7 +125,7 @@ class _Page:
         numbers = ({"depth": flow.depth} if flow is not None else {}) | run.all_numbers()
         row: dict[str, Any] = {"id": own, "name": run.name, "status": run.status, "started": run.started_s, "problem": problem, "records": 0}
         row |= {"verdict": run.verdict, "text": run.verdict_text, "converged": run.converged, "numbers": numbers}
-        row["settings"] = {name: f"{value}" for name, value in run.settings.items() if name not in HIDDEN and not os.path.isabs(f"{value}")}
+        row["settings"] = run.shown_settings()
         first = run.curves.get("first_layer") or (first_layer(flow) if flow is not None else [])
         row["curves"], row["files"] = {}, []
         if first:
@@ -145,7 +138,10 @@ class _Page:
 
     def _load(self, run: ReportRun) -> tuple[Flow | None, str]:
         try:
-            return run.load(), run.problem
+            flow = run.load()
+            if flow is not None and not len(flow.steps):
+                raise UsageError("its record is empty: no step was recorded; train it with --record-every auto")
+            return flow, run.problem
         except UsageError as error:
             # The page holds no path of this machine.
             problem = str(error).replace(str(run.record), FILE)

@@ -1,5 +1,6 @@
 """What the report knows of a run, wherever it comes from."""
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,11 @@ NUMBERS = {
 }
 
 
+# Settings that say where, or that have a column of their own.
+HIDDEN = {
+    *("depth", "built_depth", "parameters", "planned_memory_bytes", "run_name", "experiment", "data_dir", "checkpoint_dir"),
+    *("local_rank", "deepspeed_config", "resolved_auto", "tracking", "verbose"),
+}
 # Settings of a run that are numbers of the table.
 FROM_SETTINGS = {"depth": "built_depth", "parameters": "parameters", "planned_memory_bytes": "planned_memory_bytes"}
 
@@ -50,6 +56,11 @@ class ReportRun:
     status: str = ""
     started_s: float | None = None
     problem: str = ""
+
+    def shown_settings(self) -> dict[str, str]:
+        """The settings that say what the run is, not where: no path of the machine among them."""
+        texts = {name: f"{value}" for name, value in self.settings.items() if name not in HIDDEN}
+        return {name: text for name, text in texts.items() if not os.path.isabs(text)}
 
     def all_numbers(self) -> dict[str, float]:
         """`numbers`, and what its settings say of them."""

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,9 @@ def curve_csv(points: Sequence[tuple[float, float]], name: str) -> str:
     return "\n".join([f"step,{name}", *(f"{step:g},{value:.6g}" for step, value in points)]) + "\n"
 
 
-def runs_csv(runs: Iterable[ReportRun], settings: Sequence[str]) -> str:
-    """One row per run: numbers, verdict and these settings."""
+def runs_csv(runs: Sequence[ReportRun]) -> str:
+    """One row per run: numbers, verdict and all settings."""
+    settings = sorted({name for run in runs for name in run.shown_settings()})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", "id", *NUMBERS, "converged", "verdict", "status", *settings])
@@ -49,5 +50,5 @@ def runs_csv(runs: Iterable[ReportRun], settings: Sequence[str]) -> str:
         numbers = run.all_numbers()
         own: list[Any] = [numbers.get(key, "") for key in NUMBERS]
         converged = "" if run.converged is None else str(run.converged).lower()
-        writer.writerow([run.name, run.id, *own, converged, run.verdict, run.status, *(run.settings.get(key, "") for key in settings)])
+        writer.writerow([run.name, run.id, *own, converged, run.verdict, run.status, *(run.shown_settings().get(key, "") for key in settings)])
     return text.getvalue()
