@@ -19,6 +19,7 @@ from flows import made_up_flow
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Flow
 from deepscale.report import ReportRun, tables, write_page, write_report
+from deepscale.report.page import SCRIPTS
 from deepscale.report.quantities import first_layer, quantities
 from deepscale.report.thin import GAP, LEVELS_PER_DECADE, chosen, edges, thin
 
@@ -237,4 +238,4 @@ def test_the_wheel_carries_what_the_page_is_made_of(tmp_path: Path, monkeypatch:
     hatchling = pytest.importorskip("hatchling.build")
     monkeypatch.chdir(REPOSITORY)
     names = zipfile.ZipFile(tmp_path / hatchling.build_wheel(str(tmp_path))).namelist()
-    assert {f"deepscale/report/{name}" for name in ("page.html", "page.css", "page.js", "chart.js")} <= set(names)
+    assert {f"deepscale/report/{name}" for name in ("page.html", "page.css", *(f"{script}.js" for script in SCRIPTS))} <= set(names)

@@ -1,6 +1,6 @@
-"""Writes the page: the runs' thinned data as JSON between page.css and page.js, and the files beside it.
+"""Writes the page: the runs' thinned data as JSON between page.css and the scripts, and the files beside it.
 
-Nothing of a run ever becomes markup: names travel as JSON whose `<`, `>` and `&` are escaped, and page.js sets text only. What a
+Nothing of a run ever becomes markup: names travel as JSON whose `<`, `>` and `&` are escaped, and the scripts set text only. What a
 reader asks for by a click (a run at all its records, the CSV files) lies in `runs/<id>/`; with `single_file` it is inside the page.
 """
 
@@ -26,6 +26,7 @@ from deepscale.report.tables import FILES, FIRST_LAYER, curve_csv, quantity_csv,
 from deepscale.report.thin import chosen
 
 INDEX = "index.html"
+SCRIPTS = ("plot", "chart", "runs", "table", "one", "page")  # one script in this order: the last starts it
 MOST_POINTS = 1000  # of a curve
 FEWEST_POINTS = 250
 ALL_POINTS = 120_000  # of all runs' curves of one quantity at one record
@@ -87,8 +88,7 @@ def render(data: dict[str, Any]) -> str:
         "HEADING": html.escape(heading),
         "ABOUT": html.escape(about),
         "STYLE": own.joinpath("page.css").read_text(encoding="utf-8"),
-        "CHART": own.joinpath("chart.js").read_text(encoding="utf-8"),
-        "SCRIPT": own.joinpath("page.js").read_text(encoding="utf-8"),
+        "SCRIPT": "\n".join(own.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS),
         "DATA": script_json(data),
     }
     # In one pass: what is put in is not searched again.

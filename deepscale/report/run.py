@@ -12,7 +12,7 @@ from deepscale.gradflow.flow import Flow, read
 # The original study's criterion.
 CONVERGED_ABOVE = 0.5
 
-# Numbers of a run in the table's order: key -> (heading, kind). Kinds say how page.js writes a value.
+# Numbers of a run in the table's order: key -> (heading, kind). Kinds say how runs.js writes a value.
 NUMBERS = {
     "depth": ("depth, layers", "integer"),
     "parameters": ("parameters", "integer"),
