@@ -17,7 +17,7 @@ const COLOURS = {
 
 const KINDS = {
   integer: (v) => v.toLocaleString("en"),
-  number: (v) => number(v),
+  number: (v) => (v >= 0.01 && v < 1000 ? v.toFixed(3) : number(v)),
   percent: (v) => `${(100 * v).toFixed(2)} %`,
   seconds: (v) => (v < 1 ? `${number(1000 * v)} ms` : `${number(v)} s`),
   bytes: (v) => (v < 2 ** 30 ? `${number(v / 2 ** 20)} MiB` : `${number(v / 2 ** 30)} GiB`),
