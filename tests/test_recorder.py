@@ -3,7 +3,7 @@
 The engines' cases run in three processes at once (recorder_worker.py): one rank, and two ranks with the same global batch.
 """
 
-import copy
+import errno
 import json
 import os
 import pickle
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def test_50_blocks_equal_a_loop_over_the_plain_network(segment: int, init: float
     assert flow.depth == 152 and sum(flow.weights) - sum(flow.layer_kinds == "downsample") == 152
     assert flow.block_names.tolist() == [name for name, module in plain.named_modules() if isinstance(module, PlainBlock)]
     assert len(flow.block_names) == 50 and flow.l2.dtype == np.float64
+    assert flow.block_depths.tolist() == [1 + 3 * (block + 1) for block in range(50)], "of a block's last layer, after the stem"
     cross_entropy(plain(images), labels).backward()
     expected = plain_layers(plain)
     assert_layers(flow, 0, expected, rtol=1e-9, floor=1e-13)
@@ -371,18 +373,33 @@ def test_a_file_that_is_no_record_is_a_sentence(small: Flow, tmp_path: Path, mon
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_file_that_cannot_be_written_is_a_sentence(small: Flow, tmp_path: Path) -> None:
-    """A folder where a file is; the record that lies there already stays."""
+def test_a_file_that_cannot_be_written_is_a_sentence(small: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder where a file is, and a disk that is full on the way: the record that lies there already stays, and nothing beside it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         small.save(tmp_path / "file" / "gradflow.npz")
     path = small.save(tmp_path / "gradflow.npz")
-    broken = copy.copy(small)
-    broken.meta = {"circular": (circle := [])}
-    circle.append(circle)
-    with pytest.raises(ValueError, match="Circular"):
-        broken.save(path)
-    assert np.array_equal(load(path).steps, small.steps) and len(list(tmp_path.iterdir())) == 2
+
+    def full(file: Any, **arrays: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        small.save(path)
+    assert np.array_equal(load(path).steps, small.steps)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "gradflow.npz"]
+
+
+@pytest.mark.xfail(reason="read() does not catch zlib.error, NotImplementedError, RuntimeError and TokenError of damaged archives", strict=True)
+def test_a_file_with_any_byte_changed_is_a_record_or_a_sentence(small: Flow, tmp_path: Path) -> None:
+    """300 places in the file, each overwritten by another byte."""
+    path = small.save(tmp_path / "gradflow.npz")
+    content = path.read_bytes()
+    for place in range(0, len(content), len(content) // 300):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        with suppress(UsageError):
+            load(path)
 
 
 # -------------------------------------------------------------------------------------------------- engines, ranks, precisions

@@ -112,14 +112,15 @@ class ModuleObservation:
         """Begins to observe every pass; `activations` says whether saturation is counted."""
         self._remove()
         self.handles.append(self.model.register_forward_pre_hook(self._start_pass))
-        for name, module in self.blocks.items():
-            self.observers[name].reset(activations)
-            self.handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
-            self.handles.append(module.register_forward_hook(partial(self._leave, name)))
+        # Before the blocks', so that an activation which is a block is its own.
         for name, module in self.known.items() if activations else ():
             if getattr(module, "inplace", False):
                 self.handles.append(module.register_forward_pre_hook(partial(self._keep, name)))
             self.handles.append(module.register_forward_hook(partial(self._activated, name)))
+        for name, module in self.blocks.items():
+            self.observers[name].reset(activations)
+            self.handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self.handles.append(module.register_forward_hook(partial(self._leave, name)))
 
     def detach(self) -> list[ModuleObserver]:
         """Ends it, and gives the observers, none without `attach`. Now that shapes are known, the layout's groups are."""
