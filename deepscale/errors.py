@@ -1,6 +1,7 @@
 """What can go wrong by a user's hand, as sentences instead of tracebacks.
 
-Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 130 for Ctrl-C.
+Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 130 for Ctrl-C,
+141 where the reader of a pipe has gone, as shells count it.
 """
 
 import functools
@@ -67,5 +68,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             if not _rank():
                 print("deepscale: interrupted", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
+        except BrokenPipeError:  # `deepscale ... | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+            raise SystemExit(141) from None
 
     return guarded

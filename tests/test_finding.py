@@ -14,11 +14,12 @@ from deepscale.models.convnext import ConvNeXt, cross_entropy
 DEPTHS = (26, 110, 302, 1004)
 
 
-def first_layer(depth: int, skip: str, gamma: float | None = None) -> float:
-    """Mean |g| of the stem's weight over one batch of made-up images, of a network of width 4."""
+def first_layer(depth: int, skip: str, gamma: float | None = None, width: int = 4) -> float:
+    """Mean |g| of the stem's weight over one batch of made-up images."""
+    torch.set_num_threads(1)  # small operators: a second thread on a busy core would stall them
     random = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32, generator=random), torch.randint(10, (8,), generator=random)
-    settings = ModelConfig(depth=depth, width=4, patch_size=4, skip=skip, layerscale_init=gamma)
+    settings = ModelConfig(depth=depth, width=width, patch_size=4, skip=skip, layerscale_init=gamma)
     model = ConvNeXt(settings, segment=4).initialise(0)
     recorder = gradflow.Recorder(model, records=1)
     recorder.begin(0)
@@ -38,3 +39,9 @@ def test_without_them_it_is_gone() -> None:
     found = dict(zip(DEPTHS, (first_layer(depth, "none") for depth in DEPTHS), strict=True))
     assert found[26] > 1e-3  # shallow networks train without
     assert found[110] < 1e-3 * found[26] and found[302] < 1e-6 * found[26] and found[1004] < 1e-6 * found[26], found
+
+
+def test_in_wider_networks_it_explodes_instead() -> None:
+    """From width 32 on the branch amplifies with the published normal(0, 0.02): a network without skip connections is ill in another way."""
+    found = {depth: first_layer(depth, "none", width=32) for depth in (26, 1004)}
+    assert found[1004] > 10 * first_layer(1004, "identity", width=32) and found[1004] > 10 * found[26], found
