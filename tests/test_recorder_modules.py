@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,8 @@ from deepscale.gradflow import Flow, Recorder, recorder
 from deepscale.gradflow.flow import BLOCK_FIELDS
 from deepscale.gradflow.health import verdict
 from deepscale.gradflow.layers import layout_of_modules
+from deepscale.gradflow.modules import ModuleObservation
+from deepscale.gradflow.observation import statistics
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.observe import SATURATED
 
@@ -271,6 +274,27 @@ def test_several_passes_equal_one_over_the_joined_batch() -> None:
     assert joined.dead[0, :3].max() > 0
     for name in (*BLOCK_FIELDS, "mean_abs", "l2", "max_abs", "zeros"):
         assert np.allclose(getattr(flow, name), getattr(joined, name), rtol=1e-9, equal_nan=True), name
+
+
+def test_two_ranks_equal_one_with_the_joined_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's loss is the mean over its own half; what the second sends is added to what the first sends."""
+    model, x = mlp(3, nn.ReLU).double(), torch.randn(12, 16, dtype=torch.float64)
+    joined, _ = recorded(copy.deepcopy(model), x)
+    sent: list[Tensor] = []
+
+    def all_reduce(values: Tensor) -> None:
+        values.add_(sent[0]) if sent else sent.append(values.clone())
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    observation = ModuleObservation(model, layout_of_modules(model, None), torch.device("cpu"))
+    for part in reversed(x.chunk(2)):
+        observation.attach(activations=True)
+        model(part).square().mean().backward()
+        fields = statistics(observation.detach(), spread=True, loss_scale=1.0)
+    assert len(sent) == 1 and joined.dead[0, :3].max() > 0
+    for name, values in fields.items():
+        assert np.allclose(values.numpy(), getattr(joined, name)[0], rtol=1e-9, equal_nan=True), name
 
 
 def test_a_vanishing_mlp_shows_it() -> None:
