@@ -120,7 +120,8 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
                 checkpoints.save(Path(settings.tracking.checkpoint_dir), state, settings, info)
         peak = memory.peak_bytes(place.device)
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
-        tracker.log({"perf/peak_memory_bytes": peak, "perf/seconds": result.seconds}, result.steps)
+        memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
+        tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
         status = "FINISHED"
     except KeyboardInterrupt:

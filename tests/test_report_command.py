@@ -29,7 +29,7 @@ def record(name: str, experiment: str, flow_file: Path | None, finish: bool = Tr
     tracker = tracking.open_tracker(place, run_name=name, parameters=values, tags=tags, dataset=None, rank=0, warn=pytest.fail)
     for step in (1, 2, 3):
         tracker.log({"train/loss": 2.5 - step / 10, "perf/step_s": 9.0 if step == 1 else 0.25, "grad/first_layer_mean_abs": 1 / step}, step)
-    tracker.log({"val/accuracy": 0.625, "val/loss": 1.5, "test/accuracy": 0.5, "perf/peak_memory_bytes": 7e6}, 3)
+    tracker.log({"val/accuracy": 0.625, "val/loss": 1.5, "test/accuracy": 0.5, "perf/peak_memory_over_start_bytes": 7e6}, 3)
     if flow_file:
         tracker.file(flow_file)
     if finish:

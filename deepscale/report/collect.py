@@ -20,7 +20,7 @@ FROM_METRICS = {
     "test_accuracy": "test/accuracy",
     "validation_loss": "val/loss",
     "training_loss": "train/loss",
-    "peak_memory_bytes": "perf/peak_memory_bytes",
+    "peak_memory_bytes": "perf/peak_memory_over_start_bytes",
 }
 STEP_S, FIRST_LAYER = "perf/step_s", "grad/first_layer_mean_abs"
 VERDICT, VERDICT_TEXT = "gradient_verdict", "gradient_verdict_text"

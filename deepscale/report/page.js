@@ -61,7 +61,7 @@ function scatter(id, caption, kinds, options, floor) {
 function against() {
   scatter("accuracy", "Accuracy: ● validation, ○ test", [["validation_accuracy", "validation"], ["test_accuracy", "test", true]],
     { yFormat: (v) => `${Math.round(100 * v)} %`, rule: { value: 0.5, text: "converged: validation above 50 %" } }, [0, 1]);
-  scatter("memory", "Peak memory: ● measured, with what was there at the start; ○ planned, without", [["peak_memory_bytes", "measured"], ["planned_memory_bytes", "planned", true]],
+  scatter("memory", "Peak memory over what was there at the start: ● measured, ○ planned", [["peak_memory_bytes", "measured"], ["planned_memory_bytes", "planned", true]],
     { yLog: true, yFormat: (v) => `${number(v)} GiB` });
   byId("against").hidden = single || (byId("accuracy").hidden && byId("memory").hidden);
 }

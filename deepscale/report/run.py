@@ -21,8 +21,8 @@ NUMBERS = {
     "validation_loss": ("validation loss", "number"),
     "training_loss": ("training loss", "number"),
     "step_s": ("step", "seconds"),
-    "planned_memory_bytes": ("peak planned", "bytes"),
-    "peak_memory_bytes": ("peak measured", "bytes"),
+    "planned_memory_bytes": ("peak memory planned", "bytes"),
+    "peak_memory_bytes": ("measured", "bytes"),
 }
 
 
