@@ -1,7 +1,7 @@
 """The numbers of a record: sums over this rank's shares of the parameters, then over the ranks, in one vector each.
 
-Squares are summed in float64: those of a vanishing gradient leave float32's range long before the gradient does, and torch sums the
-squares of a long row one after the other. Magnitudes are summed in rows scaled to a largest one of 1.
+Squares are summed in float64: those of a vanishing gradient leave float32's range long before the gradient does, and torch adds the
+squares of a long row one after the other. Magnitudes are summed pairwise, for which float32 will do where it does not overflow.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from torch import Tensor
 from deepscale.engine import Share
 
 f64 = torch.float64
+HUGE = 1e25  # so many times smaller than float32's largest that no row's magnitudes overflow
 
 
 def rows_of(values: Tensor, start: int, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -53,9 +54,8 @@ class Measured:
                 self.zeros[at] += (magnitude == 0).sum(1).to(f64)
             if g.is_cuda or not bool(torch.isfinite(top).all()):
                 self.nonfinite[at] += (~torch.isfinite(g)).sum(1).to(f64)
-            scale = torch.where(torch.isfinite(top) & (top > 0), top, 1.0)
-            magnitude /= scale[:, None]
-            self.absolute[at] += magnitude.sum(1).to(f64) * scale.to(f64)
+            wide = g.is_cuda or not bool((top < HUGE).all())
+            self.absolute[at] += magnitude.sum(1, dtype=f64 if wide else magnitude.dtype).to(f64)
             self.top[at] = torch.maximum(self.top[at], top.to(f64))
         self._squares(self.square, layers, share.start, share.gradient, size)
         self._squares(self.weight_square, layers, share.start, share.weight, size)
