@@ -53,8 +53,8 @@ class Recorder:
     DataParallel, and where a model is compiled, leave out `begin` and call `gradients(step)`: hooks do not see one pass there. With
     activation checkpointing, a block's means are those of its passes with gradients, computed twice or not.
 
-    Memory for `records` records is set aside at once, at most 100 MB; when it is full, every other record is dropped. Raises UsageError
-    for a model with nothing to record and for blocks that it does not have.
+    Memory for `records` records is set aside at once, at most 100 MB; when it is full, every other record is
+    dropped, and from then on every other one is kept. Raises UsageError for a model with nothing to record and for blocks that it does not have.
     """
 
     def __init__(self, model: nn.Module, *, engine: Engine | None = None, records: int = RECORDS, blocks: list[str] | None = None) -> None:
@@ -74,6 +74,8 @@ class Recorder:
         self.capacity = max(3, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
         self.values = np.empty((self.capacity, width), dtype)
         self.steps: list[int] = []
+        self.numbers: list[int] = []  # of each record that is kept: how many were made before it
+        self.made, self.stride = 0, 1
         self.measured: Measured | None = None
         self.before: dict[str, tuple[Share, Tensor]] = {}
 
@@ -116,7 +118,8 @@ class Recorder:
         self.before, self.measured = {}, None
         if self.spread:
             dist.all_reduce(measured.change_square)
-        ratio = (measured.change_square / measured.weight_square).sqrt().cpu().numpy()
+        ratio = (measured.change_square / measured.weight_square).sqrt()
+        ratio = torch.where(measured.weight_square > 0, ratio, torch.nan).cpu().numpy()  # a gamma of 0 has no ratio
         changing = [layer for name in self.changing for layer in self.layout.rows[name]]
         self._field("update_ratio")[len(self.steps) - 1, changing] = ratio[changing]
 
@@ -129,9 +132,14 @@ class Recorder:
 
     def _next(self, step: int) -> None:
         if len(self.steps) == self.capacity:
-            kept = [*range(0, self.capacity - 1, 2), self.capacity - 1]
+            self.stride *= 2
+        # What stays are the multiples of the stride, and the newest until the next comes.
+        kept = [i for i, number in enumerate(self.numbers) if number % self.stride == 0]
+        if len(kept) < len(self.steps):
             self.values[: len(kept)] = self.values[kept]
-            self.steps = [self.steps[i] for i in kept]
+            self.steps, self.numbers = [self.steps[i] for i in kept], [self.numbers[i] for i in kept]
+        self.numbers.append(self.made)
+        self.made += 1
         self.steps.append(step)
         self.values[len(self.steps) - 1] = np.nan
 
