@@ -86,22 +86,21 @@ class Records:
         if not len(flow.steps):
             return {}
         self._curves(flow, "last")
-        last = self.verdicts[-1][1]
-        self.tracker.tags({"gradient_verdict": last.label, "gradient_verdict_text": last.sentence, **self._earlier()})
+        last = self.verdicts[-1][1] if self.verdicts else verdict(flow, thresholds=self.thresholds)
+        self.tracker.tags({"gradient_verdict": last.label, "gradient_verdict_text": last.sentence, **self._earlier(last)})
         try:
             self.tracker.file(flow.save(folder / FILE))
-            self._show(flow, folder, name, texts)
+            self._show(flow, folder, name, texts, last)
         except UsageError as error:  # at the end of a run nothing is worth losing its summary for
             self.progress.warn(f"the gradient flow is not all written: {error}")
         return {"gradient flow": last.sentence, "records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"}
 
-    def _show(self, flow: Flow, folder: Path, name: str, settings: dict[str, str]) -> None:
+    def _show(self, flow: Flow, folder: Path, name: str, settings: dict[str, str], last: Verdict) -> None:
         from deepscale.gradflow.figures import heatmap
         from deepscale.report.page import write_page
         from deepscale.report.run import ReportRun
 
         self.tracker.file(heatmap(flow, folder / PICTURE))
-        last = self.verdicts[-1][1]
         run = ReportRun(name, self.tracker.run_id or folder.name, settings, verdict=last.label, verdict_text=last.sentence, flow=flow)
         self.tracker.file(write_page([run], folder / PAGE, single_file=True))
 
@@ -115,12 +114,12 @@ class Records:
             say = self.progress.say if found.label == HEALTHY else self.progress.warn
             say(f"gradient flow at step {step:,}: {found.sentence}")
 
-    def _earlier(self) -> dict[str, str]:
+    def _earlier(self, last: Verdict) -> dict[str, str]:
         """Other verdicts than the last, each with its steps."""
-        last, steps = self.verdicts[-1][1].label, dict[str, list[int]]()
+        steps: dict[str, list[int]] = {}
         for step, found in self.verdicts:
             steps.setdefault(found.label, []).append(step)
-        others = [f"{label} at steps {at[0]:,} to {at[-1]:,}" for label, at in steps.items() if label != last]
+        others = [f"{label} at steps {at[0]:,} to {at[-1]:,}" for label, at in steps.items() if label != last.label]
         return {"gradient_verdict_earlier": "; ".join(others)} if others else {}
 
     def _curves(self, flow: Flow, moment: str) -> None:

@@ -280,3 +280,13 @@ def test_evaluation_without_gradients_counts_no_batch() -> None:
     with torch.no_grad():
         network(torch.randn(2, 3, 16, 16))
     assert {module.passes for module in network.modules() if isinstance(module, RunningStatistics)} == {0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name, activation in ACTIVATIONS.items() if activation.product])
+def test_a_gradient_times_the_derivative_is_the_backward_in_every_bit(name: str, dtype: torch.dtype) -> None:
+    """What a recorded step relies on, over many sizes of values and lengths that fill no vector register."""
+    activation = ACTIVATIONS[name]
+    h = torch.randn(1237, 17, dtype=dtype) * torch.logspace(-30, 2, 17, dtype=dtype)
+    g, a = torch.randn_like(h) * 1e-3, activation.forward(h)
+    assert torch.equal(g * activation.backward(torch.ones_like(h), h, a), activation.backward(g, h, a))

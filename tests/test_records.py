@@ -17,7 +17,7 @@ from deepscale.data.synthetic import synthetic
 from deepscale.engine import TorchEngine
 from deepscale.errors import NonFiniteError
 from deepscale.gradflow.flow import FILE
-from deepscale.gradflow.health import Thresholds
+from deepscale.gradflow.health import Thresholds, verdict
 from deepscale.models.convnext import ConvNeXt
 from deepscale.progress import Progress
 from deepscale.records import PAGE, PICTURE, Records
@@ -190,6 +190,25 @@ def test_record_every_and_a_full_record() -> None:
     run.records.every = 1
     run.records.length(100)
     assert len(run.records.steps) == 3 and "--record-every 1" in screen.warned[-1]
+
+
+def test_a_record_that_was_begun_and_not_finished_is_left_out(tmp_path: Path) -> None:
+    """A run that is interrupted within a step."""
+    run, _, _ = make(record_every=1, max_steps=2)
+    loop.Fit(run)()
+    run.records.steps = (1, 2, 3)
+    run.records.begin(3)
+    assert run.records.keep(tmp_path, "cut", {})["records"].startswith("2, ")
+    assert gradflow.load(tmp_path).steps.tolist() == [1, 2]
+
+
+def test_the_limits_of_a_run_are_kept_with_its_record(tmp_path: Path) -> None:
+    run, _, _ = make(max_steps=1, vanishing_ratio=0.9)
+    loop.Fit(run)()
+    run.records.keep(tmp_path, "strict", {"vanishing_ratio": 0.9, "exploding_ratio": 1e3})
+    flow = gradflow.load(tmp_path)
+    assert Thresholds.of(flow) == Thresholds(vanishing_ratio=0.9)
+    assert (verdict(flow).label, verdict(flow, thresholds=Thresholds.of(flow)).label) == ("healthy", "vanishing")
 
 
 def test_a_run_without_records_leaves_no_file(tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from deepscale import config
-from deepscale.config import DataConfig, EngineConfig, ModelConfig, RecipeConfig
+from deepscale.config import DataConfig, EngineConfig, ModelConfig, RecipeConfig, TrackingConfig
 from deepscale.errors import UsageError, unknown_choice
 from deepscale.gradflow.flow import FILE, Flow, load
-from deepscale.gradflow.health import scalars, verdict
+from deepscale.gradflow.health import Thresholds, scalars, verdict
 from deepscale.paths import relative_to_here, run_folder
 from deepscale.progress import Progress
 
 PICTURE, PAGE = "probe.png", "probe.html"
 ENGINE = ("precision", "recompute", "stack_size", "segment", "device", "threads")  # settings of the engine that a probe has
+LIMITS = ("vanishing_ratio", "exploding_ratio")
 COLUMNS = {
     "step": "step",
     "first/last": "grad/first_last_ratio",
@@ -46,7 +47,7 @@ def _probe(arguments: list[str]) -> None:
     )
     parser.add_argument("--batches", type=int, default=1, metavar="N", help="batches whose mean loss is taken (default: 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of figure, page and records (default: a new one in runs/)")
-    config.add_arguments(parser, ModelConfig, DataConfig, _some(EngineConfig, ENGINE), _some(RecipeConfig, ("seed",)))
+    config.add_arguments(parser, ModelConfig, DataConfig, _some(EngineConfig, ENGINE), _some(RecipeConfig, ("seed",)), _some(TrackingConfig, LIMITS))
     given = parser.parse_args(arguments)
     if given.batches < 1:
         raise UsageError(f"--batches {given.batches} is no number of batches; type 1 or more")
@@ -90,7 +91,7 @@ def _pictures(probed: dict[str, Flow], folder: Path) -> tuple[Path, Path]:
     gammas = {flow.meta["settings"]["layerscale_init"] for flow in probed.values()}
     title = f"initialisation, {' to '.join(f'{depth:,}' for depth in dict.fromkeys((depths[0], depths[-1])))} layers"
     title += f", LayerScale gamma {gammas.pop()}" if len(gammas) == 1 else ""
-    found = {label: verdict(flow) for label, flow in probed.items()}
+    found = {label: verdict(flow, thresholds=Thresholds.of(flow)) for label, flow in probed.items()}
     figure = overlay({f"{label}: {found[label].label}": flow for label, flow in probed.items()}, folder / PICTURE, title=title)
     runs = [
         ReportRun(label, _plain(label), flow.meta["settings"], verdict=found[label].label, verdict_text=found[label].sentence, flow=flow)
@@ -124,13 +125,14 @@ def _show(arguments: list[str]) -> None:
     parser.add_argument("run", help="a gradflow.npz, the folder of one, or the id or name of a run in MLflow")
     given = parser.parse_args(arguments)
     flow = load(given.run)
+    limits = Thresholds.of(flow)
     rows = [[*COLUMNS, "verdict"]]
     for record, step in enumerate(flow.steps.tolist()):
         numbers = {"step": step, **scalars(flow, record)}
-        rows.append([_cell(numbers.get(key)) for key in COLUMNS.values()] + [verdict(flow, record).label])
+        rows.append([_cell(numbers.get(key)) for key in COLUMNS.values()] + [verdict(flow, record, limits).label])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
-    print(verdict(flow).sentence)
+    print(verdict(flow, thresholds=limits).sentence)
 
 
 def _cell(value: float | None) -> str:

@@ -8,6 +8,7 @@ grows. Only a model without observed blocks is judged by its weights.
 Slopes are positive where the gradient grows with depth, that is where it falls on its way back to the image.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,14 @@ class Thresholds:
     negligible: float = 1e-8  # mean |g|: AdamW's default eps, below which a weight hardly moves
     dead_share: float = 1.0  # of a block's activation units
     dead_layers: int = 1  # weights and blocks from which on the network is called by its dead layers
+
+    @classmethod
+    def of(cls, flow: Flow) -> "Thresholds":
+        """Those that the run was judged by, as its settings in the record say; else the defaults."""
+        with suppress(KeyError, TypeError, ValueError):
+            settings = flow.meta["settings"]
+            return cls(vanishing_ratio=float(settings["vanishing_ratio"]), exploding_ratio=float(settings["exploding_ratio"]))
+        return cls()
 
 
 @dataclass(frozen=True)

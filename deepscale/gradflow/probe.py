@@ -197,7 +197,11 @@ def described(settings: Config) -> dict[str, str]:
     parts = (settings.model, settings.data, settings.engine)
     values = {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
     hidden = ("data_dir", "deepspeed_config", "local_rank", "verbose", "download", "feed", "eval_images", "workers", "zero", "offload")
-    return {name: as_text(value) for name, value in values.items() if name not in hidden} | {"seed": str(settings.recipe.seed)}
+    return {name: as_text(value) for name, value in values.items() if name not in hidden} | {
+        "seed": str(settings.recipe.seed),
+        "vanishing_ratio": str(settings.tracking.vanishing_ratio),
+        "exploding_ratio": str(settings.tracking.exploding_ratio),
+    }
 
 
 def _sizes(settings: Config) -> str:

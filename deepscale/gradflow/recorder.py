@@ -76,6 +76,7 @@ class Recorder:
         self.steps: list[int] = []
         self.numbers: list[int] = []  # of each record that is kept: how many were made before it
         self.made, self.stride = 0, 1
+        self.complete = 0  # of `steps`; the last one may have begun and be without its gradients
         self.measured: Measured | None = None
         self.before: dict[str, tuple[Share, Tensor]] = {}
 
@@ -105,7 +106,7 @@ class Recorder:
         fields = measured.fields() | {"update_ratio": torch.full_like(measured.top, torch.nan)}
         row = [fields[name] for name in LAYER_FIELDS] + [blocks.get(name, nothing) for name in BLOCK_FIELDS]
         self.values[len(self.steps) - 1] = torch.cat(row).cpu().numpy()
-        self.measured = measured
+        self.measured, self.complete = measured, len(self.steps)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -124,13 +125,14 @@ class Recorder:
         self._field("update_ratio")[len(self.steps) - 1, changing] = ratio[changing]
 
     def flow(self, meta: dict[str, object] | None = None) -> Flow:
-        """All records so far, with `meta` beside them; views of the recorder's memory, to be saved or copied before more are made."""
-        count = len(self.steps)
+        """All complete records, with `meta` beside them; views of the recorder's memory, to be saved or copied before more are made."""
+        count = self.complete
         self.static["block_groups"][:] = self.layout.block_groups  # of any model they are known after a pass
         fields = {name: self._field(name)[:count] for name in (*LAYER_FIELDS, *BLOCK_FIELDS)}
-        return Flow(np.array(self.steps, np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
+        return Flow(np.array(self.steps[:count], np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
 
     def _next(self, step: int) -> None:
+        del self.steps[self.complete :], self.numbers[self.complete :]
         if len(self.steps) == self.capacity:
             self.stride *= 2
         # What stays are the multiples of the stride, and the newest until the next comes.
@@ -138,6 +140,7 @@ class Recorder:
         if len(kept) < len(self.steps):
             self.values[: len(kept)] = self.values[kept]
             self.steps, self.numbers = [self.steps[i] for i in kept], [self.numbers[i] for i in kept]
+            self.complete = len(kept)
         self.numbers.append(self.made)
         self.made += 1
         self.steps.append(step)

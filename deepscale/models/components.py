@@ -28,17 +28,21 @@ LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Activation:
-    """f and its gradient: forward(h) -> f(h); backward(g, h, a) -> g * f'(h), with a = f(h) at hand."""
+    """f and its gradient: forward(h) -> f(h); backward(g, h, a) -> g * f'(h), with a = f(h) at hand.
+
+    `product`: in float32 and float64, g times backward(1, h, a) is backward(g, h, a) in every bit.
+    """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    product: bool = False
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(F.gelu, lambda g, h, a: aten.gelu_backward(g, h)),
-    "relu": Activation(torch.relu, lambda g, h, a: aten.threshold_backward(g, h, 0)),
+    "gelu": Activation(F.gelu, lambda g, h, a: aten.gelu_backward(g, h), product=True),
+    "relu": Activation(torch.relu, lambda g, h, a: aten.threshold_backward(g, h, 0), product=True),
     "silu": Activation(F.silu, lambda g, h, a: aten.silu_backward(g, h)),
-    "tanh": Activation(torch.tanh, lambda g, h, a: aten.tanh_backward(g, a)),
+    "tanh": Activation(torch.tanh, lambda g, h, a: aten.tanh_backward(g, a), product=True),
     "sigmoid": Activation(torch.sigmoid, lambda g, h, a: aten.sigmoid_backward(g, a)),
 }
 

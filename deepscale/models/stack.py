@@ -96,8 +96,8 @@ class _Saved:
 class _Work:
     """One stack's pass: the block's forward and backward in plain tensor operations, without autograd."""
 
-    def __init__(self, spec: BlockSpec, weights: _Weights, norms: list[Standardise], masks: Tensor | None) -> None:
-        self.spec, self.weights, self.norms = spec, weights, norms
+    def __init__(self, spec: BlockSpec, weights: _Weights, norms: list[Standardise], masks: Tensor | None, observer: BlockObserver | None) -> None:
+        self.spec, self.weights, self.norms, self.observer = spec, weights, norms, observer
         self.masks = None if masks is None else masks.unbind(0)  # each (M, 1): 0, or 1 / (1 - rate)
         self.activation = ACTIVATIONS[spec.activation]
         self.one: Tensor | None = None  # (M, 4C) of ones, for an observer
@@ -133,12 +133,16 @@ class _Work:
     def backward(self, g: Tensor, saved: _Saved, i: int, grads: "_Gradients") -> Tensor:
         """Gradient (M, C) on block i's output -> on its input; the folded weights' gradients are written to `grads`."""
         w, k, c = self.weights, self.spec.kernel_size, self.spec.channels
+        if self.observer is not None:
+            self.observer.gradient(i, g)
+            if i:
+                self.observer.output(i - 1, saved.x)
         masked = g if self.masks is None else g * self.masks[i]
         branch = masked.to(w.branch)
         scaled = branch if w.gamma is None else (masked * w.gamma[i]).to(w.branch)
         grads.write(grads.w2, i, branch.t(), saved.a)  # (C, 4C)
         torch.sum(masked, 0, out=grads.b2[i])
-        dh = self.activation.backward(scaled @ w.w2[i], saved.h, saved.a)  # (M, 4C)
+        dh = self.through_activation(scaled @ w.w2[i], saved, i)  # (M, 4C)
         torch.sum(dh, 0, dtype=w.stream, out=grads.b1[i])
         grads.write(grads.w1, i, saved.xhat.t(), dh)  # (C, 4C)
         dxhat = dh @ w.w1[i]
@@ -154,15 +158,17 @@ class _Work:
         grads.dw_bias[i].copy_(dw_bias)
         return _rows(dx).to(w.stream).add_(g) if self.spec.skip == "identity" else _rows(dx).to(w.stream)
 
-    def observe(self, observer: BlockObserver, i: int, saved: _Saved, g: Tensor) -> None:
-        """Shows an observer block i in backward: its input, which is the output of the one before, its activation, and its output's gradient."""
-        observer.gradient(i, g)
-        if i:
-            observer.output(i - 1, saved.x)
-        if observer.activations:
-            if self.one is None:
-                self.one = torch.ones_like(saved.h)
-            observer.derivative(i, self.activation.backward(self.one, saved.h, saved.a))
+    def through_activation(self, g: Tensor, saved: _Saved, i: int) -> Tensor:
+        """Gradient (M, 4C) on block i's activation -> on its input. An observer is shown f', which is then used if that changes no bit."""
+        observer, f = self.observer, self.activation
+        if observer is None or not observer.activations:
+            return f.backward(g, saved.h, saved.a)
+        if self.one is None:
+            self.one = torch.ones_like(saved.h)
+        derivative = f.backward(self.one, saved.h, saved.a)
+        dh = g.mul_(derivative) if f.product and g.dtype == self.weights.stream else f.backward(g, saved.h, saved.a)
+        observer.derivative(i, derivative)
+        return dh
 
 
 class _Gradients:
@@ -224,7 +230,7 @@ class _StackFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             named = dict(zip(spec.shapes(), parameters, strict=True))
             weights = _Weights(spec, named, x.dtype, branch)
-            work = _Work(spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), masks)
+            work = _Work(spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), masks, None)
             kept: list[_Saved] = []
             inputs, first = [], x
             for i in range(weights.blocks):
@@ -253,7 +259,7 @@ class _StackFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             named = dict(zip(spec.shapes(), parameters, strict=True))
             weights = _Weights(spec, named, x.dtype, ctx.branch)
-            work = _Work(spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), ctx.masks)
+            work = _Work(spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), ctx.masks, ctx.observer)
             saved = ctx.kept
             batch, channels, height, width = x.shape
             grads = _Gradients(spec, weights.blocks, x)
@@ -262,10 +268,7 @@ class _StackFunction(torch.autograd.Function):
                 if not saved:
                     first = i - i % ctx.segment
                     saved = _recompute(work, ctx.inputs.pop(), first, i)
-                block = saved.pop()
-                if ctx.observer is not None:
-                    work.observe(ctx.observer, i, block, g)
-                g = work.backward(g, block, i, grads)
+                g = work.backward(g, saved.pop(), i, grads)
             dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
             return dx, None, None, None, None, *grads.unfolded(named).values()
 

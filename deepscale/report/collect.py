@@ -6,7 +6,6 @@ warning says why.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import FILE, read
@@ -73,8 +72,7 @@ def from_file(path: Path) -> ReportRun:
     texts: dict[str, str] = {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
     folder = path.absolute().parent.name
     name = str(flow.meta.get("run_name") or (folder if path.name == FILE else path.stem))
-    limits = Thresholds(**cast(dict[str, Any], numbers_in(texts, {name: name for name in ("vanishing_ratio", "exploding_ratio")})))
-    judged = verdict(flow, thresholds=limits)
+    judged = verdict(flow, thresholds=Thresholds.of(flow))
     return ReportRun(name, f"{folder}-{path.stem}", texts, {}, judged.label, judged.sentence, record=path)
 
 
