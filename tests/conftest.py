@@ -1,5 +1,6 @@
 """What every test starts from, and how a test starts DeepSpeed's launcher."""
 
+import json
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -121,3 +122,27 @@ def launch(tmp_path: Path) -> Launch:
         return run(command, cwd=cwd or tmp_path, timeout_s=timeout_s, environment={"PATH": path, **(environment or {})})
 
     return start
+
+
+def run_ranks(worker: str, cases: list[Any], folder: Path, ranks: int, timeout_s: float) -> tuple[list[Any], list[str]]:
+    """Runs `tests/worker cases.json results` on some ranks, without the launcher: what each rank saved to results.RANK, and printed."""
+    file, target = folder / "cases.json", folder / "results"
+    file.write_text(json.dumps(cases))
+    clean = {name: value for name, value in os.environ.items() if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)}
+    clean |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
+    clean |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(REPOSITORY / "tests" / worker), str(file), str(target)]
+    processes = [
+        subprocess.Popen(
+            command, env={**clean, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            end_group(process)
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
+    return [torch.load(f"{target}.{rank}", weights_only=False) for rank in range(ranks)], outputs

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from deepscale import cli, config
 from deepscale.errors import UsageError
+from deepscale.gradflow import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,3 +66,9 @@ def test_unknown_subcommand_lists_the_known(capsys: pytest.CaptureFixture[str]) 
     assert "'trian' is not known; possible: data, prepare" in capsys.readouterr().err
     cli.main([])
     assert all(name in capsys.readouterr().out.split() for name in ("bench",))
+
+
+def test_the_recorders_example_is_that_of_its_docstring() -> None:
+    """A test runs the docstring's; the README repeats it word for word."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert textwrap.indent(block.strip(), " " * 8) in (Recorder.__doc__ or "")

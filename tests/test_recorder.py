@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FOREIGN, FOREIGN_PREFIXES, REPOSITORY, end_group, free_port
+from conftest import run_ranks
 from torch import Tensor, nn
 
 from deepscale.config import ModelConfig
@@ -429,35 +427,16 @@ def test_the_cases_hold_every_pair_of_settings() -> None:
         assert len(found) == len({case[one] for case in cases}) * len({case[two] for case in cases}), (one, two)
 
 
-def run_ranks(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    """Runs the cases of so many ranks; what each rank saved."""
-    file, target = folder / "cases.json", folder / "results"
-    file.write_text(json.dumps([case for case in CASES.values() if case["ranks"] == ranks]))
-    clean = {name: value for name, value in os.environ.items() if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)}
-    clean |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-    clean |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(REPOSITORY / "tests" / "recorder_worker.py"), str(file), str(target)]
-    processes = [
-        subprocess.Popen(
-            command, env={**clean, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            end_group(process)
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(outputs)
-    return [torch.load(f"{target}.{rank}", weights_only=False) for rank in range(ranks)]
+def saved_by_ranks(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """What each rank saved of the cases of so many ranks."""
+    return run_ranks("recorder_worker.py", [case for case in CASES.values() if case["ranks"] == ranks], folder, ranks, timeout_s=200)[0]
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[list[dict[str, Any]]]]]:
     """The results of one rank and of two, which run at the same time."""
     with ThreadPoolExecutor(2) as pool:
-        yield {ranks: pool.submit(run_ranks, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks) for ranks in (1, 2)}
+        yield {ranks: pool.submit(saved_by_ranks, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks) for ranks in (1, 2)}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,18 +26,27 @@ LATE = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 @errors.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures as the arguments say, and prints the result in the last line."""
-    command = config.parser("python -m deepscale.bench.deep", "Measure one network in this process.")
+    run_program("python -m deepscale.bench.deep", arguments, {"warm-up": 0, "steps": 0}, _measure)
+
+
+def run_program(
+    prog: str,
+    arguments: Sequence[str] | None,
+    numbers: Mapping[str, int],
+    measure: Callable[[argparse.Namespace, config.Config, world.World], dict[str, Any]],
+) -> None:
+    """A measuring program of one network: its sizes and `numbers` (name -> default) as options, and its result in the last line."""
+    command = config.parser(prog, "Measure one network in this process.")
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
-    for name, default in (("segment", FAST_SEGMENT), ("zero", 0), ("warm-up", 0), ("steps", 0)):
+    for name, default in {"segment": FAST_SEGMENT, "zero": 0, **numbers}.items():
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)
     settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads"))
     try:
-        place = _joined(settings)
-        result = _measure(values, settings, place)
+        result = measure(values, settings, _joined(settings))
     finally:
         world.leave()
     print(json.dumps(result), flush=True)

@@ -4,7 +4,7 @@ The plain network of separate modules has no recorder: its steps are recorded th
 each of its parameter tensors.
 """
 
-import json
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,10 @@ from torch import Tensor
 
 from deepscale import config, errors, world
 from deepscale.bench import networks
-from deepscale.bench.deep import _joined, timed
-from deepscale.bench.options import settings_of, whole
-from deepscale.engine import DeepSpeedEngine, hush
+from deepscale.bench.deep import run_program, timed
+from deepscale.engine import DeepSpeedEngine
 from deepscale.gradflow.recorder import Recorder
 from deepscale.loop import train_step
-from deepscale.plan import FAST_SEGMENT
 
 KINDS = ("none", "norms", "blocks", "full")
 
@@ -26,25 +24,14 @@ KINDS = ("none", "norms", "blocks", "full")
 @errors.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures as the arguments say, and prints the result in the last line."""
-    command = config.parser("python -m deepscale.bench.recorded", "Measure the cost of records in this process.")
-    command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
-    for name in ("depth", "width", "batch-size", "threads", "rounds"):
-        command.add_argument(f"--{name}", type=whole(), required=True)
-    for name, default in (("segment", FAST_SEGMENT), ("zero", 0), ("warm-up", 0)):
-        command.add_argument(f"--{name}", type=whole(0), default=default)
-    values = command.parse_args(arguments)
-    hush(verbose=False)
-    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads"))
-    try:
-        place = _joined(settings)
-        plain = values.network == "plain"
-        model = networks.build(settings, plain=plain)
-        engine = DeepSpeedEngine(model, settings, place)
-        training = networks.Training(engine, place, networks.random_batch(values.batch_size, channels_last=not plain))
-        result = _naive(training, values.warm_up, values.rounds) if plain else _recorded(training, values.warm_up, values.rounds)
-    finally:
-        world.leave()
-    print(json.dumps(result), flush=True)
+    run_program("python -m deepscale.bench.recorded", arguments, {"warm-up": 0, "rounds": 1}, _measure)
+
+
+def _measure(values: argparse.Namespace, settings: config.Config, place: world.World) -> dict[str, Any]:
+    plain = values.network == "plain"
+    engine = DeepSpeedEngine(networks.build(settings, plain=plain), settings, place)
+    training = networks.Training(engine, place, networks.random_batch(values.batch_size, channels_last=not plain))
+    return (_naive if plain else _recorded)(training, values.warm_up, values.rounds)
 
 
 def _recorded(training: networks.Training, warm_up: int, rounds: int) -> dict[str, Any]:
