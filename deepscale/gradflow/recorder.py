@@ -34,13 +34,13 @@ class Recorder:
         recorder = Recorder(model)
         for step in range(1, 4):
             images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
-            recorder.begin(step)                  # before the passes of a step that is to be recorded; the others are not touched
+            recorder.begin(step)  # before the passes of a step that is to be recorded; the others are not touched
             torch.nn.functional.cross_entropy(model(images), labels).backward()
-            recorder.gradients()                  # when the gradients are complete, before clipping
+            recorder.gradients()  # when the gradients are complete, before clipping
             optimizer.step()
-            recorder.finish()                     # what the step changed
+            recorder.finish()  # what the step changed
             optimizer.zero_grad()
-        flow = recorder.flow()                    # flow.mean_abs[record, layer]; flow.save(path)
+        flow = recorder.flow()  # flow.mean_abs[record, layer]; flow.save(path)
 
     Any model: layers are its weights with two dimensions or more, in the order of `named_parameters`. `blocks` are the names of the
     modules whose outputs are observed, by default the children of its nn.Sequential and nn.ModuleList (layers.py); what nn.ReLU, GELU,
