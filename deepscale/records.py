@@ -93,7 +93,7 @@ class Records:
             self._show(flow, folder, name, texts, last)
         except UsageError as error:  # at the end of a run nothing is worth losing its summary for
             self.progress.warn(f"the gradient flow is not all written: {error}")
-        return {"gradient flow": last.sentence, "records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"}
+        return {"gradients": last.sentence, "records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"}
 
     def _show(self, flow: Flow, folder: Path, name: str, settings: dict[str, str], last: Verdict) -> None:
         from deepscale.gradflow.figures import heatmap

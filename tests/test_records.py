@@ -160,7 +160,7 @@ def test_a_flow_that_turns_bad_is_warned_of_at_once_and_tagged(tmp_path: Path) -
     loop.Fit(run)()
     assert len(screen.warned) == 1 and screen.warned[0].startswith("gradient flow at step 1: vanishing")
     rows = run.records.keep(tmp_path, "deep", {})
-    assert log.given_tags["gradient_verdict"] == "vanishing" and rows["gradient flow"].startswith("vanishing: ")
+    assert log.given_tags["gradient_verdict"] == "vanishing" and rows["gradients"].startswith("vanishing: ")
 
 
 def test_thresholds_are_settings(tmp_path: Path) -> None:
