@@ -8,14 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepscale import config
-from deepscale.errors import MissingPackageError, UsageError
+from deepscale import config, drawing
+from deepscale.errors import UsageError
 from deepscale.tracking_read import Reader
 
 POINTS = 200
 CURVES = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "grad/first_layer_mean_abs")
-# Okabe and Ito's palette, told apart by colour-blind readers and in both themes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LOCAL = ("data_dir", "checkpoint_dir", "local_rank", "deepspeed_config")  # of one machine; not stored
 SMOOTH = 0.9  # weight of the past in the drawn running mean
 
@@ -70,16 +68,10 @@ def thinned(points: list[tuple[int, float]]) -> list[list[float]]:
 
 def draw(runs: list[Run], out: Path) -> None:
     """Writes the figure: training loss and accuracy against the share of the run, validation as dots."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingPackageError("matplotlib", None, "drawing") from None
+    pyplot = drawing.pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, metric, scale in ((axes[0], "loss", 1.0), (axes[1], "accuracy", 100.0)):
-        for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+        for run, colour in zip(runs, drawing.COLOURS * len(runs), strict=False):
             steps, values = zip(*run["curves"][f"train/{metric}"], strict=True)
             axis.plot(steps, [scale * v for v in values], color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(steps, [scale * v for v in running_mean(values)], color=colour, label=label(run))

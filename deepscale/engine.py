@@ -208,8 +208,6 @@ def _zero12_share(parameter: Any) -> Share:
         return Share(0, weight[:0], weight[:0])
     start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
     gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
-    if gradient.numel() == weight.numel() != numel:
-        gradient = gradient[start : start + numel]
     return Share(start, gradient.to(weight.device), weight[start : start + numel])
 
 

@@ -93,16 +93,17 @@ class Records:
             self._show(flow, folder, name, texts, last)
         except UsageError as error:  # at the end of a run nothing is worth losing its summary for
             self.progress.warn(f"the gradient flow is not all written: {error}")
-        return {"gradients": last.sentence, "records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"}
+        rows = {"gradients": last.sentence}
+        return rows | ({"records": f"{len(flow.steps)}, see {relative_to_here(folder / PAGE)}"} if (folder / PAGE).is_file() else {})
 
     def _show(self, flow: Flow, folder: Path, name: str, settings: dict[str, str], last: Verdict) -> None:
         from deepscale.gradflow.figures import heatmap
         from deepscale.report.page import write_page
         from deepscale.report.run import ReportRun
 
-        self.tracker.file(heatmap(flow, folder / PICTURE))
         run = ReportRun(name, self.tracker.run_id or folder.name, settings, verdict=last.label, verdict_text=last.sentence, flow=flow)
         self.tracker.file(write_page([run], folder / PAGE, single_file=True))
+        self.tracker.file(heatmap(flow, folder / PICTURE))
 
     def _judge(self, flow: Flow, step: int) -> None:
         found = verdict(flow, thresholds=self.thresholds)

@@ -46,6 +46,25 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """For tests that run the command in this process, which answers Ctrl-C and SIGTERM in its own way."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and no experiment of ours: creating the tables takes 2 s, copying them nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
 def in_tmp_path(tmp_path: Path) -> Iterator[Path]:
     """The test works in its own folder, so that a tracking database or data lands there."""
     with chdir(tmp_path):  # left before pytest removes it: what is imported later may ask where it is

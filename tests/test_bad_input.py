@@ -4,10 +4,9 @@
 """
 
 import json
-import signal
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -23,15 +22,7 @@ TINY = [
 ]  # fmt: skip
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """The command answers Ctrl-C and SIGTERM in its own way."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def files(folder: Path) -> list[Path]:

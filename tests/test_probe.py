@@ -68,6 +68,15 @@ def test_compare_draws_and_says_every_variant(in_tmp_path: Path, capsys: pytest.
     assert records["norm_none_skip_none"].meta["settings"]["norm"] == "none"
 
 
+def test_the_limits_typed_are_those_it_is_judged_by(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first block's gradient is 0.2 of the last block's: healthy by default."""
+    for limit, label in (("1e-4", "healthy"), ("0.9", "vanishing")):
+        main(["probe", "--depth", "26", *SMALL, "--vanishing-ratio", limit, "--out", label])
+        assert capsys.readouterr().out.startswith(f"{label}: ")
+        main(["show", label])
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"{label}: ")
+
+
 def test_variants_are_all_combinations_in_order() -> None:
     """The labels say what differs, short; gamma is none unless it is told or compared."""
     found = probe.variants_of(asked(), ["activation=gelu,tanh", "--norm=layernorm,none"])

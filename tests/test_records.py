@@ -1,6 +1,7 @@
 """A run's records, through the training loop: on which steps, at what cost to the others, what is said and what is left behind."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def test_curves_against_depth_are_logged_with_the_layer_as_step(tmp_path: Path) 
         curve = log.metrics[f"depth_{moment}/output_gradient"]
         assert list(curve) == flow.block_depths.tolist()
         assert list(curve.values()) == pytest.approx(flow.output_grad_l2[record].tolist(), rel=1e-6)
-    assert [path.name for path in log.files] == [FILE, PICTURE, PAGE] and all(path.is_file() for path in log.files)
+    assert [path.name for path in log.files] == [FILE, PAGE, PICTURE] and all(path.is_file() for path in log.files)
     assert flow.meta["run_name"] == "a run" and flow.meta["settings"]["depth"] == "26"
 
 
@@ -208,7 +209,25 @@ def test_the_limits_of_a_run_are_kept_with_its_record(tmp_path: Path) -> None:
     run.records.keep(tmp_path, "strict", {"vanishing_ratio": 0.9, "exploding_ratio": 1e3})
     flow = gradflow.load(tmp_path)
     assert Thresholds.of(flow) == Thresholds(vanishing_ratio=0.9)
-    assert (verdict(flow).label, verdict(flow, thresholds=Thresholds.of(flow)).label) == ("healthy", "vanishing")
+    assert (verdict(flow).label, verdict(flow, thresholds=Thresholds()).label) == ("vanishing", "healthy")
+
+
+def test_without_matplotlib_the_record_and_its_page_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, log, screen = make(max_steps=1)
+    loop.Fit(run)()
+    for module in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, module, None)
+    rows = run.records.keep(tmp_path, "plain", {})
+    assert [path.name for path in log.files] == [FILE, PAGE] and all(path.is_file() for path in log.files)
+    assert "matplotlib" in screen.warned[-1] and PAGE in rows["records"]
+
+
+def test_a_run_whose_folder_cannot_be_written_still_has_its_verdict(tmp_path: Path) -> None:
+    run, log, screen = make(max_steps=1)
+    loop.Fit(run)()
+    (tmp_path / "taken").touch()
+    rows = run.records.keep(tmp_path / "taken", "full", {})
+    assert set(rows) == {"gradients"} and not log.files and "not all written" in screen.warned[-1]
 
 
 def test_a_run_without_records_leaves_no_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +38,17 @@ TINY = [
 ]  # fmt: skip
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy", "ignore:Detected call of `lr_scheduler.step")
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a run: making them takes seconds, copying them nothing."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy", "ignore:Detected call of `lr_scheduler.step"),
+    pytest.mark.usefixtures("signals_as_before"),
+]
 
 
 @pytest.fixture
-def with_database(in_tmp_path: Path, empty_database: Path) -> Path:
+def with_database(in_tmp_path: Path, empty_store: Path) -> Path:
     """The test works in its own folder, where a tracking database lies."""
-    shutil.copy(empty_database, in_tmp_path)
+    shutil.copy(empty_store, in_tmp_path)
     return in_tmp_path
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """The command answers Ctrl-C and SIGTERM in its own way."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class Recorded:

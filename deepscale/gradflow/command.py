@@ -10,7 +10,7 @@ from deepscale import config
 from deepscale.config import DataConfig, EngineConfig, ModelConfig, RecipeConfig, TrackingConfig
 from deepscale.errors import UsageError, unknown_choice
 from deepscale.gradflow.flow import FILE, Flow, load
-from deepscale.gradflow.health import Thresholds, scalars, verdict
+from deepscale.gradflow.health import scalars, verdict
 from deepscale.paths import relative_to_here, run_folder
 from deepscale.progress import Progress
 
@@ -58,12 +58,9 @@ def _probe(arguments: list[str]) -> None:
     folder = _made((given.out or run_folder(f"probe-{asked.model.built_depth}")).absolute())
     probed: dict[str, Flow] = {}
     with Progress(0, enabled=True) as screen:
-        gamma = (
-            ""
-            if any(variant.config.model.gamma_init is not None for variant in variants)
-            else "; LayerScale gamma none (--layerscale-init 0 as published)"
-        )
-        screen.say(f"gradient flow at initialisation, no training{gamma}")
+        screen.say("gradient flow at initialisation, no training")
+        if all(variant.config.model.gamma_init is None for variant in variants):
+            screen.say("LayerScale gamma none (--layerscale-init 0 as published)")
         for result in probe(variants, given.batches, screen.say):
             label, flow = result.variant.label, result.flow
             print(f"{label + ': ' if label else ''}{verdict(flow).sentence}; {_signal(flow)} ({result.seconds:.1f} s)", flush=True)
@@ -91,7 +88,7 @@ def _pictures(probed: dict[str, Flow], folder: Path) -> tuple[Path, Path]:
     gammas = {flow.meta["settings"]["layerscale_init"] for flow in probed.values()}
     title = f"initialisation, {' to '.join(f'{depth:,}' for depth in dict.fromkeys((depths[0], depths[-1])))} layers"
     title += f", LayerScale gamma {gammas.pop()}" if len(gammas) == 1 else ""
-    found = {label: verdict(flow, thresholds=Thresholds.of(flow)) for label, flow in probed.items()}
+    found = {label: verdict(flow) for label, flow in probed.items()}
     figure = overlay({f"{label}: {found[label].label}": flow for label, flow in probed.items()}, folder / PICTURE, title=title)
     runs = [
         ReportRun(label, _plain(label), flow.meta["settings"], verdict=found[label].label, verdict_text=found[label].sentence, flow=flow)
@@ -125,14 +122,13 @@ def _show(arguments: list[str]) -> None:
     parser.add_argument("run", help="a gradflow.npz, the folder of one, or the id or name of a run in MLflow")
     given = parser.parse_args(arguments)
     flow = load(given.run)
-    limits = Thresholds.of(flow)
     rows = [[*COLUMNS, "verdict"]]
     for record, step in enumerate(flow.steps.tolist()):
         numbers = {"step": step, **scalars(flow, record)}
-        rows.append([_cell(numbers.get(key)) for key in COLUMNS.values()] + [verdict(flow, record, limits).label])
+        rows.append([_cell(numbers.get(key)) for key in COLUMNS.values()] + [verdict(flow, record).label])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print("\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
-    print(verdict(flow, thresholds=limits).sentence)
+    print(verdict(flow).sentence)
 
 
 def _cell(value: float | None) -> str:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepscale.errors import MissingPackageError, UsageError
+from deepscale import drawing
+from deepscale.errors import UsageError
 from deepscale.gradflow.flow import Flow
 from deepscale.gradflow.values import Doubles, closed_by_gamma, depth_curve, geometric
 
 ROWS = 1000  # of a heatmap, at most
 TICKS = 8
-# Okabe and Ito's palette, told apart by colour-blind readers; the yellow is left out on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8f8f8f")
+COLOURS = (*drawing.COLOURS, "#000000", "#8f8f8f")
 STYLES = ("-", (0, (4, 2)), (0, (1.5, 1.5)))  # one line on top of another still shows both
 BELOW, ABOVE = 16, 12  # decades that an overlay shows around where the curves begin: what leaves them has vanished or exploded
 # Cells without a logarithm: what they are called, and a colour that viridis does not have.
@@ -34,7 +34,7 @@ def heatmap(flow: Flow, path: Path) -> Path:
     """
     if not len(flow.steps):
         raise UsageError("the run has no record of gradient flow to draw; train it with --record-every auto")
-    pyplot = _pyplot()
+    pyplot = drawing.pyplot()
     closed = np.stack([closed_by_gamma(flow, record) for record in range(len(flow.steps))])
     own = flow.weights & (flow.layer_kinds != "downsample")
     nonfinite = np.where(np.nan_to_num(flow.nonfinite) > 0, np.inf, flow.mean_abs)
@@ -68,7 +68,7 @@ def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1, title: str 
     drawn = {name: flow for name, flow in flows.items() if len(flow.steps) and len(flow.block_names)}
     if not drawn:
         raise UsageError("there is nothing to draw: no record with observed block outputs was given")
-    pyplot = _pyplot()
+    pyplot = drawing.pyplot()
     relative = len({flow.depth for flow in drawn.values()}) > 1
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     sides = (("output_grad_l2", "gradient at the block outputs, L2 norm"), ("output_std", "signal: standard deviation of the block outputs"))
@@ -191,17 +191,6 @@ def apart(wanted: list[float], gap: float) -> list[float]:
     spread = [float(np.mean(group)) for group in groups for _ in group]
     room = 1 - gap * (len(wanted) - 1)
     return [min(max(value, 0.0), room) + gap * i for i, value in enumerate(spread)]
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingPackageError("matplotlib", None, "drawing") from None
-    return pyplot
 
 
 def _saved(pyplot: Any, figure: Any, path: Path) -> Path:

@@ -92,11 +92,13 @@ class _Findings:
 
 
 def verdict(flow: Flow, record: int = -1, thresholds: Thresholds | None = None) -> Verdict:
-    """How the gradient of one record flows. Where several labels hold, it is the gravest: non-finite, vanishing, exploding, dead layers.
+    """How the gradient of one record flows, by `thresholds`, else by those of the run.
+
+    Where several labels hold, it is the gravest: non-finite, vanishing, exploding, dead layers.
 
     Raises UsageError for a run without records.
     """
-    found = _examine(flow, record, thresholds or Thresholds())
+    found = _examine(flow, record, thresholds or Thresholds.of(flow))
     judged = {NONFINITE: _nonfinite(found), VANISHING: _vanishing(found), EXPLODING: _exploding(found), DEAD: _dead(found)}
     label, why = next(((label, why) for label, why in judged.items() if why), (HEALTHY, _over_depth(found) or "all gradients are finite"))
     closed = int(found.closed.sum())

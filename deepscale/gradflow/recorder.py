@@ -69,10 +69,12 @@ class Recorder:
         self.sizes = {name: _elements(self.parameters[name]) // len(rows) for name, rows in self.layout.rows.items()}
         self.changing = _spread(self.layout, {name: size * len(self.layout.rows[name]) for name, size in self.sizes.items()})
         dtype = np.float64 if first.dtype == torch.float64 else np.float32
-        width = len(LAYER_FIELDS) * len(self.layout.names) + len(BLOCK_FIELDS) * len(self.layout.block_names)
+        widths = [len(self.layout.names)] * len(LAYER_FIELDS) + [len(self.layout.block_names)] * len(BLOCK_FIELDS)
         # Thinning keeps the first and the last, and must make room for one.
-        self.capacity = max(3, min(records, int(BYTES / (width * np.dtype(dtype).itemsize))))
-        self.values = np.empty((self.capacity, width), dtype)
+        self.capacity = max(3, min(records, int(BYTES / (sum(widths) * np.dtype(dtype).itemsize))))
+        self.values = np.empty((self.capacity, sum(widths)), dtype)
+        views = np.split(self.values, np.cumsum(widths)[:-1], axis=1)
+        self.fields = dict(zip((*LAYER_FIELDS, *BLOCK_FIELDS), views, strict=True))  # (capacity, L or N) each
         self.steps: list[int] = []
         self.numbers: list[int] = []  # of each record that is kept: how many were made before it
         self.made, self.stride = 0, 1
@@ -122,13 +124,13 @@ class Recorder:
         ratio = (measured.change_square / measured.weight_square).sqrt()
         ratio = torch.where(measured.weight_square > 0, ratio, torch.nan).cpu().numpy()  # a gamma of 0 has no ratio
         changing = [layer for name in self.changing for layer in self.layout.rows[name]]
-        self._field("update_ratio")[len(self.steps) - 1, changing] = ratio[changing]
+        self.fields["update_ratio"][len(self.steps) - 1, changing] = ratio[changing]
 
     def flow(self, meta: dict[str, object] | None = None) -> Flow:
         """All complete records, with `meta` beside them; views of the recorder's memory, to be saved or copied before more are made."""
         count = self.complete
         self.static["block_groups"][:] = self.layout.block_groups  # of any model they are known after a pass
-        fields = {name: self._field(name)[:count] for name in (*LAYER_FIELDS, *BLOCK_FIELDS)}
+        fields = {name: values[:count] for name, values in self.fields.items()}
         return Flow(np.array(self.steps[:count], np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
 
     def _next(self, step: int) -> None:
@@ -145,17 +147,6 @@ class Recorder:
         self.made += 1
         self.steps.append(step)
         self.values[len(self.steps) - 1] = np.nan
-
-    def _field(self, name: str) -> np.ndarray:
-        """(capacity, L or N), a view."""
-        layers, blocks = len(self.layout.names), len(self.layout.block_names)
-        start = 0
-        for field in (*LAYER_FIELDS, *BLOCK_FIELDS):
-            size = layers if field in LAYER_FIELDS else blocks
-            if field == name:
-                return self.values[:, start : start + size]
-            start += size
-        raise KeyError(name)
 
     def _share(self, name: str) -> Share:
         parameter = self.parameters[name]

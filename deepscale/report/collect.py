@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import FILE, read
-from deepscale.gradflow.health import Thresholds, verdict
+from deepscale.gradflow.health import verdict
 from deepscale.report.run import ReportRun, numbers_in
 from deepscale.tracking_read import MlflowRun, Reader, why_no_record
 
@@ -72,7 +72,7 @@ def from_file(path: Path) -> ReportRun:
     texts: dict[str, str] = {name: str(value) for name, value in settings.items()} if isinstance(settings, dict) else {}
     folder = path.absolute().parent.name
     name = str(flow.meta.get("run_name") or (folder if path.name == FILE else path.stem))
-    judged = verdict(flow, thresholds=Thresholds.of(flow))
+    judged = verdict(flow)
     return ReportRun(name, f"{folder}-{path.stem}", texts, {}, judged.label, judged.sentence, record=path)
 
 
