@@ -107,6 +107,20 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB" or "24G" (24 * 2**30), "24GB" (24e9), "512MiB", "1.5 GiB" or "4096".
+
+    >>> parse_bytes("4KiB")
+    4096
+    """
+    match = re.fullmatch(r"([0-9]{1,20}|[0-9]{0,20}\.[0-9]{1,20}) *(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    power, base = (" kmgt".index(match[2] or " "), 1000 if match[3] == "b" else 1024) if match else (0, 1)
+    count = int(float(match[1]) * base**power) if match else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory; type for example 24GiB, 24GB, 512MiB, or a number of bytes")
+    return count
+
+
 def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known:

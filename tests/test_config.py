@@ -1,5 +1,6 @@
 """Settings: from the command line and back, what is refused and with which sentence, and the traps between None and 0."""
 
+import argparse
 import dataclasses
 import math
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepscale.config import AUTO, GROUPS, Config, EngineConfig, ModelConfig, differing, flat, parse, parse_duration
+from deepscale.config import AUTO, GROUPS, Config, EngineConfig, ModelConfig, differing, flat, parse, parse_bytes, parse_duration
 from deepscale.errors import UsageError
 
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
@@ -298,6 +299,23 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("90s", 90.0), ("1.5m", 90.0), ("2h", 7_200.0), ("1d", 86_400.0), ("0.5", 0.5)])
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+SIZES = [
+    *(("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("24gb", 24 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), (".5k", 512)),
+    *(("2TB", 2 * 10**12), ("4096", 4096), ("4096B", 4096)),
+]
+
+
+@pytest.mark.parametrize(("text", "count"), SIZES)
+def test_sizes_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4GiB", "much", "4 GiBs", "GiB", "4Gi", "1e9", "inf", "nan", "0.1", "4PiB", "9" * 400])
+def test_what_is_no_size_of_memory_gets_a_sentence(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size of memory; type for example 24GiB"):
+        parse_bytes(text)
 
 
 @settings(max_examples=200, deadline=None)
