@@ -131,8 +131,9 @@ def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def _option(default: Any, text: str, parse: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"help": text, "parse": parse})
+def _option(default: Any, text: str, parse: Callable[[str], Any] = str, short: dict[str, str] | None = None) -> Any:
+    """`short`: switches that stand for a value, {"--switch": value}."""
+    return field(default=default, metadata={"help": text, "parse": parse, "short": short or {}})
 
 
 def _switch(default: bool | Auto, text: str) -> Any:
@@ -144,6 +145,9 @@ def _switch(default: bool | Auto, text: str) -> Any:
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
 SKIP_NAMES = ("identity", "none")
+# What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
+ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
+IN_SEGMENTS = ("recompute", "offload")
 DATASET_NAMES = ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic")
 
 
@@ -256,13 +260,36 @@ class EngineConfig(_Checked):
     precision: str = _option(
         AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", _choice(("auto", "fp32", "bf16", "fp16"))
     )
-    recompute: bool | Auto = _switch(AUTO, "keep only the inputs of stacks and recompute the rest in backward")
+    activations: str = _option(
+        AUTO,
+        "what is kept for backward: keep (all), selective (what is dear to compute), recompute (a block's input per segment), "
+        "offload (the same, in host memory); auto: the fastest that fits",
+        _choice((AUTO, *ACTIVATION_POLICIES)),
+        short={"--recompute": "recompute", "--no-recompute": "keep"},
+    )
     stack_size: int | Auto = _option(AUTO, "blocks per stack, which share their parameter tensors; auto: about sqrt(blocks)", _auto(_integer(1)))
-    segment: int | Auto = _option(AUTO, "blocks recomputed together; auto: 4, or about sqrt(blocks / 10) where memory is short", _auto(_integer(1)))
+    segment: int | None | Auto = _option(
+        AUTO,
+        "blocks recomputed together, with --activations recompute or offload; auto: 4, or about sqrt(blocks / 10) where memory is short; "
+        "given with --activations auto, a number means recompute, and none that no block is recomputed",
+        _or("none", _auto(_integer(1)), None),
+    )
     device: str = _option(AUTO, "cuda, cpu, or auto", _choice(("auto", "cuda", "cpu")))
     threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(_integer(1)))
     local_rank: int = _option(-1, "set by DeepSpeed's launcher", int)
     verbose: bool = _switch(False, "show all messages of DeepSpeed and other libraries")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activations in ("keep", "selective") and self.segment not in (AUTO, None):
+            raise UsageError(
+                f"--segment {self.segment} is for --activations recompute or offload, and --activations {self.activations} was given; "
+                f"leave --segment out, or type --activations recompute"
+            )
+        if self.activations in IN_SEGMENTS and self.segment is None:
+            raise UsageError(
+                f"--segment none recomputes no block, and --activations {self.activations} was given; leave --segment out, or type --activations keep"
+            )
 
 
 @dataclass(frozen=True)
@@ -339,8 +366,12 @@ def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
                 section.add_argument(*names, help=text, default=argparse.SUPPRESS, action=argparse.BooleanOptionalAction)
             else:
                 section.add_argument(*names, help=text, default=argparse.SUPPRESS, type=f.metadata["parse"], metavar="X", dest=f.name)
+            for switch, value in f.metadata.get("short", {}).items():
+                text = f"the same as {flag} {value}"
+                section.add_argument(switch, help=text, default=argparse.SUPPRESS, action="append_const", const=(switch, f.name, value), dest=SHORT)
 
 
+SHORT = "short switches"  # where a parsed command line holds them; no setting is called so
 GROUPS = (ModelConfig, DataConfig, RecipeConfig, EngineConfig, TrackingConfig)
 
 
@@ -352,7 +383,13 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 def from_namespace(values: argparse.Namespace) -> Config:
     """The settings of a parsed command line; options that are no setting are left out."""
     known = flat(Config())
-    return Config().replace(**{name: value for name, value in vars(values).items() if name in known})
+    given = {name: value for name, value in vars(values).items() if name in known}
+    said = {name: f"--{name.replace('_', '-')} {value}" for name, value in given.items()}
+    for switch, name, value in getattr(values, SHORT, ()):
+        if given.setdefault(name, value) != value:
+            raise UsageError(f"{switch} is short for --{name} {value}, and {said[name]} was given, too; leave one of them out")
+        said[name] = switch
+    return Config().replace(**given)
 
 
 def parse(arguments: Sequence[str] | None = None, prog: str = "deepspeed deepscale/train.py") -> Config:

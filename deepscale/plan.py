@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepscale.config import AUTO, Config, ModelConfig
+from deepscale.config import AUTO, IN_SEGMENTS, Config, EngineConfig, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
@@ -34,6 +34,12 @@ MEASURE_S = 0.1
 THREADS_GAIN = 1.5
 # No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
 CORE_FLOPS = 150e9
+KEPT = {
+    "keep": "activations kept",
+    "selective": "a part of the activations kept",
+    "recompute": "activations recomputed",
+    "offload": "activations recomputed from inputs on the host",
+}
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -92,8 +98,8 @@ def memory_of(config: Config, ranks: int, channels: int, image_size: int, classe
 
 
 def segment_of(config: Config) -> int:
-    """Blocks recomputed together; 0 where activations are kept."""
-    return int(config.engine.segment) if config.engine.recompute is True else 0
+    """Blocks recomputed together; 0 where none are."""
+    return int(config.engine.segment or 0) if config.engine.activations in IN_SEGMENTS else 0
 
 
 def stage_shapes(model: ModelConfig, micro_batch: int, image_size: int) -> Iterator[tuple[int, int, int]]:
@@ -107,7 +113,7 @@ def stage_shapes(model: ModelConfig, micro_batch: int, image_size: int) -> Itera
 
 def flops_of(config: Config, micro_batch: int, image_size: int) -> float:
     """Floating point operations of the blocks' 1x1 convolutions, forward and backward, of one micro batch."""
-    passes = 4 if config.engine.recompute is True else 3
+    passes = 4 if config.engine.activations in IN_SEGMENTS else 3
     return float(sum(passes * 16 * blocks * rows * width**2 for blocks, rows, width in stage_shapes(config.model, micro_batch, image_size)))
 
 
@@ -173,6 +179,8 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
 def _engine_choices(config: Config, machine: Machine) -> Config:
     """Device, precision, ZeRO as far as they do not hang on sizes."""
     stage, offload = stage_and_offload(config)
+    if config.engine.activations in ("selective", "offload"):
+        raise UsageError(f"--activations {config.engine.activations} is not there yet; type --activations keep or --activations recompute")
     if config.engine.engine == "torch":
         if stage not in (AUTO, 0) or offload == "cpu" or config.engine.deepspeed_config:
             raise UsageError("--engine torch has no ZeRO, offload or DeepSpeed file; leave them out, or leave --engine torch out")
@@ -230,18 +238,26 @@ def _memory_choices(config: Config, machine: Machine, **shape: int) -> Config:
     """Recomputation, ZeRO stage and offload: the fastest of what was left open that fits, else the smallest."""
     stages = [config.engine.zero] if config.engine.zero != AUTO else ([0, 2, 3] if machine.ranks == 1 else [1, 2, 3])
     offloads = [config.engine.offload] if config.engine.offload != AUTO else (["none", "cpu"] if machine.device == "cuda" else ["none"])
-    recomputes = [config.engine.recompute] if config.engine.recompute != AUTO else [False, True]
     least = smallest_segment(config.model.stage_blocks)
     segments = [config.engine.segment] if config.engine.segment != AUTO else [FAST_SEGMENT, least]
     options = [
-        config.replace(zero=stage, offload=offload, recompute=recompute, segment=segment)
+        config.replace(zero=stage, offload=offload, activations=activations, segment=segment)
         for offload in offloads
         for stage in stages
-        for recompute in recomputes
-        for segment in (segments if recompute else segments[:1])
+        for activations in _policies(config.engine)
+        for segment in (segments if activations in IN_SEGMENTS else [None])
         if not (stage == 0 and offload == "cpu") and not (machine.ranks == 1 and config.engine.zero == AUTO and (stage != 0) != (offload == "cpu"))
     ]
     return next((option for option in options if _fits(option, machine, **shape)), options[-1])
+
+
+def _policies(engine: EngineConfig) -> tuple[str, ...]:
+    """The policies that may be taken, the fastest first; a segment given by hand says whether blocks are recomputed."""
+    if engine.activations != AUTO:
+        return (engine.activations,)
+    if engine.segment != AUTO:
+        return ("keep",) if engine.segment is None else ("recompute",)
+    return "keep", "recompute"
 
 
 def _fits(config: Config, machine: Machine, **shape: int) -> bool:
@@ -259,7 +275,7 @@ def _too_large(config: Config, machine: Machine, shape: dict[str, int]) -> Usage
     width = smallest.model.width
     while isinstance(width, int) and width > 1:
         width //= 2
-        if _fits(_memory_choices(smallest.replace(width=width, recompute=AUTO), machine, **shape), machine, **shape):
+        if _fits(_memory_choices(smallest.replace(width=width, activations=AUTO), machine, **shape), machine, **shape):
             return UsageError(
                 f"{smallest.model.built_depth:,} layers at --width {smallest.model.width} need {needed / GIB:.1f} GiB, "
                 f"and {free / GIB:.1f} GiB are free; --width {width} fits"
@@ -316,11 +332,10 @@ def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | N
         lines.append(f"{sizes}: {why}")
     else:
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")
-    recompute = "activations recomputed" if engine.recompute else "activations kept"
     free = machine.device_bytes if machine.device == "cuda" else machine.host_bytes
     zero = "plain torch" if engine.engine == "torch" else f"ZeRO {engine.zero}" + (", offload to the CPU" if engine.offload == "cpu" else "")
     lines.append(
-        f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {recompute}: "
+        f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {KEPT[engine.activations]}: "
         f"{memory.device / GIB:.2f} GiB planned of {free / GIB:.1f} GiB free"
         + (f", {memory.states_host / GIB:.2f} GiB on the host" if memory.states_host else "")
     )

@@ -54,9 +54,10 @@ def micro_batches(settings: Config, place: world.World, steps: int) -> list[Batc
 
 def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     """Trains the case's network for its steps."""
-    defaults = {"patch_size": 4, "width": 4, "batch_size": BATCH, "zero": 0, "offload": "none", "precision": "fp32", "recompute": False, "lr": 1e-3}
-    settings = Config().replace(**{**defaults, "depth": 14, **case["settings"]})
-    segment = 1 if settings.engine.recompute else 0
+    defaults = {"depth": 14, "patch_size": 4, "width": 4, "batch_size": BATCH, "lr": 1e-3}
+    defaults |= {"zero": 0, "offload": "none", "precision": "fp32", "activations": "keep"}
+    settings = Config().replace(**{**defaults, **case["settings"]})
+    segment = 1 if settings.engine.activations == "recompute" else 0
     model = ConvNeXt(settings.model, classes=CLASSES, stack_size=2, segment=segment).initialise(0)
     engine = build_engine(model, settings, place, case.get("cpu_adam", False))
     schedule = build_schedule(engine.optimizer, settings.recipe, case["steps"])

@@ -2,7 +2,7 @@
 
     RANK=0 WORLD_SIZE=1 ... python recorder_worker.py cases.json results
 
-A case is {"name", "engine" ("torch", "z0" ... "z3"), "offload", "recompute", "accumulation", "precision"}. Its result, of which
+A case is {"name", "engine" ("torch", "z0" ... "z3"), "offload", "activations", "accumulation", "precision"}. Its result, of which
 every rank writes its own to results.RANK, is the record of `RECORDED`, two of the four steps that it trains. DeepSpeed's
 torch_autocast leaves a global flag behind: cases in low precision come last.
 """
@@ -49,7 +49,7 @@ def micro_batches(accumulation: int, place: world.World) -> Iterator[tuple[Tenso
 
 def settings_of(case: dict[str, Any]) -> Config:
     """26 layers of width 4; ReLU, which makes zeros and dead units; gamma 0.1, at which only fp16's second step overflows; clipped."""
-    own = {name: case[name] for name in ("offload", "recompute", "accumulation", "precision")}
+    own = {name: case[name] for name in ("offload", "activations", "accumulation", "precision")}
     engine = {"engine": "torch", "zero": 0} if case["engine"] == "torch" else {"zero": int(case["engine"][1])}
     network = {"depth": 26, "patch_size": 4, "width": 4, "activation": "relu", "layerscale_init": 0.1}
     return Config().replace(batch_size=BATCH, lr=1e-3, clip=0.02, **network, **own, **engine)
@@ -67,7 +67,7 @@ def with_dead_units(model: M) -> M:
 def run(case: dict[str, Any], place: world.World) -> Flow:
     """Trains the case's network, stacks of 3 blocks, and records."""
     settings = settings_of(case)
-    model = ConvNeXt(settings.model, classes=CLASSES, stack_size=3, segment=2 if case["recompute"] else 0).initialise(0)
+    model = ConvNeXt(settings.model, classes=CLASSES, stack_size=3, segment=2 if case["activations"] == "recompute" else 0).initialise(0)
     with_dead_units(model)
     engine = build_engine(model, settings, place)
     recorder = Recorder(model, engine=engine)

@@ -94,6 +94,8 @@ def test_an_option_that_cannot_be_meant(refused: Refused, arguments: str, words:
         ("--engine torch --offload cpu", ["--engine torch", "offload"]),
         ("--engine torch --deepspeed_config ds.json", ["--engine torch", "DeepSpeed file"]),
         ("--engine torch --offload nvme", ["--offload nvme", "libaio", "--offload cpu"]),
+        ("--engine torch --recompute --activations keep", ["--recompute is short for --activations recompute", "--activations keep was given"]),
+        ("--engine torch --segment 4 --no-recompute", ["--segment 4", "--activations keep"]),
         ("--engine torch --batch-size 9 --accumulation 2", ["--batch-size 9", "1 ranks x 2 micro batches", "--batch-size 8"]),
         ("--engine torch --patch-size 5", ["--patch-size 5", "32 pixels", "1 to 4"]),
         ("--engine torch --depth 10000 --width 4096", ["10,001 layers", "--width 4096", "GiB are free", "fits"]),

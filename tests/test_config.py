@@ -59,7 +59,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "offload": ("cpu", "cpu"),
     "deepspeed_config": ("ds.json", "ds.json"),
     "precision": ("bf16", "bf16"),
-    "recompute": ("", True),
+    "activations": ("recompute", "recompute"),
     "stack_size": ("10", 10),
     "segment": ("5", 5),
     "device": ("cpu", "cpu"),
@@ -132,6 +132,7 @@ CHOICES = {
     "schedule": ("onecycle", "cosine", "constant"),
     "engine": ("deepspeed", "torch"),
     "offload": ("auto", "none", "cpu", "nvme"),
+    "activations": ("auto", "keep", "selective", "recompute", "offload"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cuda", "cpu"),
 }
@@ -249,6 +250,44 @@ def test_no_skip_with_gamma_zero_is_refused_with_the_reason(zero: str) -> None:
         parse(["--skip", "none", "--layerscale-init", zero])
     with pytest.raises(UsageError, match=r"the only path is multiplied by gamma 0"):
         Config().replace(skip="none", layerscale_init=float(zero))
+
+
+SHORT = {"--recompute": "recompute", "--no-recompute": "keep"}
+
+
+@pytest.mark.parametrize("switch", SHORT)
+def test_a_short_switch_is_its_policy(switch: str) -> None:
+    assert differing(parse([switch])) == {"activations": SHORT[switch]}
+    assert parse([switch, "--activations", SHORT[switch], switch]) == parse([switch])
+    assert "recompute" not in flat(Config())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--recompute --activations keep", ["--recompute is short for --activations recompute", "--activations keep was given", "leave one"]),
+        ("--activations recompute --no-recompute", ["--no-recompute is short for --activations keep", "--activations recompute was given"]),
+        ("--recompute --activations auto", ["--activations auto was given"]),
+        ("--no-recompute --recompute", ["--recompute is short for --activations recompute", "--no-recompute was given", "leave one"]),
+        ("--activations keep --segment 4", ["--segment 4", "--activations keep was given", "leave --segment out", "type --activations recompute"]),
+        ("--segment 4 --no-recompute", ["--segment 4", "--activations keep was given"]),
+        ("--activations selective --segment 2", ["--segment 2", "--activations selective was given"]),
+        ("--recompute --segment none", ["--segment none", "--activations recompute was given", "type --activations keep"]),
+        ("--activations offload --segment none", ["--segment none", "--activations offload was given"]),
+    ],
+)
+def test_contradictory_policies_are_refused(arguments: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(arguments.split())
+    assert [word for word in words if word not in str(refused.value)] == [], refused.value
+    assert "\n" not in str(refused.value)
+
+
+def test_policies_that_go_together() -> None:
+    """Segments where blocks are recomputed, or left to the planner; `--offload` is about the optimiser and parameters, not about activations."""
+    for line in ("--recompute --segment 4", "--activations offload --segment 4 --offload none", "--segment 4", "--segment none", "--no-recompute"):
+        parse(line.split())
+    assert parse(["--segment", "none"]).engine.segment is None
 
 
 def test_no_limit_is_none_and_not_zero() -> None:

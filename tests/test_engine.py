@@ -53,13 +53,13 @@ def one_rank_cases() -> Iterator[Case]:
             yield case(engine, f"{norm} accumulated", norm=norm, accumulation=2)
     for engine in ENGINES:
         yield case(engine, "long", steps=20, lr=5e-3)
-        yield case(engine, "recomputed", recompute=True)
+        yield case(engine, "recomputed", activations="recompute")
         yield case(engine, "clipped", clip=0.05)
         yield case(engine, "batchnorm", norm="batchnorm")
     yield plain("batchnorm", norm="batchnorm")
-    for recompute in (False, True):
-        yield case("torch", f"batchnorm accumulated {recompute}", norm="batchnorm", accumulation=2, recompute=recompute)
-    yield case("z2", "batchnorm recomputed", norm="batchnorm", recompute=True)
+    for activations in ("keep", "recompute"):
+        yield case("torch", f"batchnorm accumulated {activations}", norm="batchnorm", accumulation=2, activations=activations)
+    yield case("z2", "batchnorm recomputed", norm="batchnorm", activations="recompute")
     for stage in ("z1", "z2", "z3"):
         yield case(stage, "offload", offload="cpu")
         yield case(stage, "offload cpu_adam", offload="cpu", cpu_adam=True)
@@ -76,9 +76,9 @@ def two_rank_cases() -> Iterator[Case]:
         for norm in NORMS:
             yield case(engine, norm, norm=norm)
         yield case(engine, "accumulated clipped", accumulation=2, clip=0.05)
-        yield case(engine, "synchronised False", norm="batchnorm", sync_batchnorm=True)
+        yield case(engine, "synchronised keep", norm="batchnorm", sync_batchnorm=True)
     for engine in DIFFERENT:
-        yield case(engine, "synchronised True", norm="batchnorm", sync_batchnorm=True, recompute=True)
+        yield case(engine, "synchronised recompute", norm="batchnorm", sync_batchnorm=True, activations="recompute")
         yield case(engine, "batchnorm", steps=1, norm="batchnorm")
     for engine in DIFFERENT:
         yield case(engine, "overflow", steps=12, clip=5.0, precision="fp16")
@@ -178,7 +178,7 @@ def test_recomputation_changes_no_bit(one: Results, engine: str) -> None:
 def test_recomputation_and_accumulation_count_batchnorms_statistics_once(one: Results) -> None:
     """The whole state, running statistics included; that these are right is tested with the plain network above."""
     assert_bit_equal(one["z2 batchnorm recomputed"], one["torch batchnorm"])
-    assert_bit_equal(one["torch batchnorm accumulated True"], one["torch batchnorm accumulated False"])
+    assert_bit_equal(one["torch batchnorm accumulated recompute"], one["torch batchnorm accumulated keep"])
     for stage in STAGES:
         assert_bit_equal(one[f"{stage} batchnorm"], one["torch batchnorm"])
 
@@ -303,10 +303,10 @@ def test_two_ranks_accumulate_and_clip_as_one(one: Results, two: list[Results], 
     assert furthest(found["state"], expected["state"]) < 1e-5
 
 
-@pytest.mark.parametrize(("engine", "recompute"), [*[(engine, False) for engine in ENGINES], *[(engine, True) for engine in DIFFERENT]])
-def test_synchronised_batchnorm_on_two_ranks_equals_one_rank(one: Results, two: list[Results], engine: str, recompute: bool) -> None:
+@pytest.mark.parametrize(("engine", "activations"), [*[(engine, "keep") for engine in ENGINES], *[(engine, "recompute") for engine in DIFFERENT]])
+def test_synchronised_batchnorm_on_two_ranks_equals_one_rank(one: Results, two: list[Results], engine: str, activations: str) -> None:
     """Against the stacked network and the plain one, which see the whole batch."""
-    found = two[0][f"{engine} synchronised {recompute}"]
+    found = two[0][f"{engine} synchronised {activations}"]
     for expected in (one["torch batchnorm"], one["plain batchnorm"]):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         variances = [{name: value for name, value in r["state"].items() if name.endswith("running_var")} for r in (found, expected)]

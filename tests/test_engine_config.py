@@ -12,7 +12,7 @@ from deepscale.config import Config
 from deepscale.errors import UsageError
 
 WriteFile = Callable[..., Path]
-PLANNED: dict[str, Any] = {"width": 4, "patch_size": 4, "batch_size": 24, "zero": 2, "offload": "none", "precision": "fp32", "recompute": False}
+PLANNED: dict[str, Any] = {"width": 4, "patch_size": 4, "batch_size": 24, "zero": 2, "offload": "none", "precision": "fp32", "activations": "keep"}
 
 
 def planned(**settings: Any) -> Config:

@@ -26,7 +26,7 @@ from deepscale.world import World
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
 RESOLVED: dict[str, Any] = {
-    "depth": 14, "width": 4, "patch_size": 4, "batch_size": 16, "zero": 0, "offload": "none", "precision": "fp32", "recompute": False,
+    "depth": 14, "width": 4, "patch_size": 4, "batch_size": 16, "zero": 0, "offload": "none", "precision": "fp32", "activations": "keep",
     "engine": "torch", "feed": "tensors", "layerscale_init": 1.0,
 }  # fmt: skip
 

@@ -81,9 +81,10 @@ def test_every_auto_is_resolved_and_the_same_plan_comes_out_twice(machine: Machi
 BY_HAND: list[dict[str, Any]] = [
     {"width": 24}, {"width": 512, "depth": 26}, {"patch_size": 2}, {"batch_size": 48}, {"width": 1, "batch_size": 2}, {"zero": 0}, {"zero": 1},
     {"zero": 2}, {"zero": 3}, {"zero": 2, "offload": "cpu"}, {"zero": 3, "offload": "cpu"}, {"offload": "none"}, {"precision": "fp16"},
-    {"precision": "bf16"}, {"precision": "fp32"}, {"recompute": True}, {"recompute": False, "depth": 26}, {"stack_size": 3},
-    {"segment": 2, "recompute": True}, {"segment": 7, "recompute": False, "depth": 26}, {"workers": 5}, {"threads": 3}, {"layerscale_init": None},
-    {"layerscale_init": 1e-6}, {"blocks": (1, 2, 3, 4)}, {"engine": "torch"}, {"accumulation": 4, "batch_size": 8}, {"lr": 0.5, "clip": 0.0},
+    {"precision": "bf16"}, {"precision": "fp32"}, {"activations": "recompute"}, {"activations": "keep", "depth": 26}, {"stack_size": 3},
+    {"workers": 5}, {"segment": 2, "activations": "recompute"}, {"segment": 7}, {"segment": None, "depth": 26}, {"threads": 3},
+    {"layerscale_init": None}, {"layerscale_init": 1e-6}, {"blocks": (1, 2, 3, 4)}, {"engine": "torch"}, {"accumulation": 4, "batch_size": 8},
+    {"lr": 0.5, "clip": 0.0},
 ]  # fmt: skip
 
 
@@ -92,6 +93,14 @@ BY_HAND: list[dict[str, Any]] = [
 def test_a_value_given_by_hand_is_kept(given: dict[str, Any], machine: Machine) -> None:
     found = flat(resolve(machine, **{"depth": 1004, **given}).config)
     assert {name: found[name] for name in given if name != "depth"} == {name: value for name, value in given.items() if name != "depth"}
+
+
+def test_a_segment_given_by_hand_says_whether_blocks_are_recomputed() -> None:
+    """With activations left open: a number means recompute, none that nothing is recomputed by blocks, even where the other would fit."""
+    for segment, policy in ((3, "recompute"), (None, "keep"), (AUTO, "keep")):
+        found = resolve(depth=26, segment=segment).config.engine
+        assert (found.activations, found.segment) == (policy, segment if segment != AUTO else None)
+    assert resolve(depth=26, activations="recompute").config.engine.segment == plan.FAST_SEGMENT
 
 
 def test_layerscale_is_resolved_from_the_skip() -> None:
@@ -117,15 +126,15 @@ def test_memory_is_given_up_in_the_order_of_what_it_costs_in_time() -> None:
     for gib in (24, 8, 4, 1):
         found = resolve(dataclasses.replace(FAKE_GPU_24GIB, device_bytes=gib * GIB), depth=1004)
         assert sizes(found) == (64, 1, 64)
-        engines.append((found.config.engine.recompute, found.config.engine.zero, found.config.engine.offload))
-    assert engines == [(False, 0, "none"), (True, 0, "none"), (True, 2, "cpu"), (True, 3, "cpu")]
+        engines.append((found.config.engine.activations, found.config.engine.zero, found.config.engine.offload))
+    assert engines == [("keep", 0, "none"), ("recompute", 0, "none"), ("recompute", 2, "cpu"), ("recompute", 3, "cpu")]
     assert resolve(dataclasses.replace(FAKE_GPU_24GIB, device_bytes=GIB // 2), depth=1004).config.model.width == 32
 
 
 def test_several_ranks_share_the_optimiser() -> None:
     found = resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=8), depth=1004)
     assert found.config.engine.zero >= 1
-    alone, shared = (resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=r), depth=1004, zero=3, recompute=True).memory for r in (1, 8))
+    alone, shared = (resolve(dataclasses.replace(FAKE_GPU_24GIB, ranks=r), depth=1004, zero=3, activations="recompute").memory for r in (1, 8))
     assert shared.states_device == pytest.approx(alone.states_device / 8, rel=1e-6)
     assert shared.parameters == alone.parameters
 
@@ -234,7 +243,16 @@ def test_a_step_is_measured_with_real_blocks(monkeypatch: pytest.MonkeyPatch) ->
     """On a clock that adds a second per reading: a block of each stage, times the blocks of the stage, times the micro batches."""
     monkeypatch.undo()
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    fixed = {"width": 8, "patch_size": 2, "batch_size": 8, "zero": 0, "offload": "none", "precision": "bf16", "recompute": True, "segment": 4}
+    fixed = {
+        "width": 8,
+        "patch_size": 2,
+        "batch_size": 8,
+        "zero": 0,
+        "offload": "none",
+        "precision": "bf16",
+        "activations": "recompute",
+        "segment": 4,
+    }
     assert 0 < plan.measure_step_s(Config().replace(**fixed), world, 32) < 60
     readings = itertools.count()
     monkeypatch.setattr(plan.time, "perf_counter", lambda: float(next(readings)))
@@ -247,7 +265,7 @@ def test_a_step_is_measured_with_real_blocks(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_rank_waits_for_another_while_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may measure different candidates: synchronised statistics would mix them up, or hang."""
     monkeypatch.undo()
-    fixed = {"width": 4, "patch_size": 4, "batch_size": 8, "zero": 1, "offload": "none", "precision": "fp32", "recompute": False, "segment": 1}
+    fixed = {"width": 4, "patch_size": 4, "batch_size": 8, "zero": 1, "offload": "none", "precision": "fp32", "activations": "keep", "segment": None}
     settings = Config().replace(**fixed, norm="batchnorm", sync_batchnorm=True)
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)

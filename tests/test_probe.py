@@ -94,11 +94,11 @@ def test_variants_share_the_sizes_that_were_left_open() -> None:
     settings = Config().replace(dataset="synthetic", device="cpu", depth=26, batch_size=8)
     info, _ = probe.images_of(settings, 1, HERE, quiet)
     deep = probe.plan_all(probe.variants_of(settings, ["depth=26,10001"]), 1, HERE, info)
-    sizes = {(v.config.model.width, v.config.model.patch_size, v.config.data.batch_size, v.config.engine.recompute) for v, _ in deep}
+    sizes = {(v.config.model.width, v.config.model.patch_size, v.config.data.batch_size, v.config.engine.activations) for v, _ in deep}
     assert len(sizes) == 1
     assert [variant.config.model.depth for variant, _ in deep] == [26, 10_001]
-    wide = probe.plan_all(probe.variants_of(settings.replace(patch_size=4, recompute=False), ["width=8,16"]), 1, HERE, info)
-    assert [(variant.config.model.width, variant.config.engine.recompute) for variant, _ in wide] == [(8, False), (16, False)]
+    wide = probe.plan_all(probe.variants_of(settings.replace(patch_size=4, activations="keep"), ["width=8,16"]), 1, HERE, info)
+    assert [(variant.config.model.width, variant.config.engine.activations) for variant, _ in wide] == [(8, "keep"), (16, "keep")]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def test_make_targets_and_files_exist() -> None:
 def test_options_named_in_the_text_exist() -> None:
     """Every `--option` in backticks, against the settings; those of other commands are named here."""
     others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json"}
-    known = {"--" + name for name in config.flat(config.Config())} | {"--" + name.replace("_", "-") for name in config.flat(config.Config())}
+    command = config.parser("", "")
+    config.add_arguments(command, *config.GROUPS)
+    known = {option for action in command._actions for option in action.option_strings}
     named = {option for code in re.findall(r"`([^`\n]+)`", README) for option in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", code)}
     assert named
     assert named - others <= known, named - others - known

@@ -410,7 +410,7 @@ def test_a_file_with_any_byte_changed_is_a_record_or_a_sentence(small: Flow, tmp
 
 ENGINES = [("torch", "none"), *[(f"z{stage}", "none") for stage in range(4)], *[(f"z{stage}", "cpu") for stage in (1, 2, 3)]]
 PRECISIONS = ("fp32", "bf16", "fp16")
-FACTORS = ("engine", "ranks", "recompute", "accumulation", "precision")
+FACTORS = ("engine", "ranks", "activations", "accumulation", "precision")
 Case = dict[str, Any]
 
 
@@ -419,7 +419,8 @@ def all_cases() -> Iterator[Case]:
     for j, precision in enumerate(PRECISIONS):  # low precision last: DeepSpeed's autocast leaves a global flag
         for i, (engine, offload) in enumerate(ENGINES):
             case = {"engine": engine, "offload": offload, "precision": precision}
-            case |= {"ranks": 1 + (i + j) % 2, "recompute": bool((i // 2 + (j > 0)) % 2), "accumulation": 1 + (i // 4 + i + (j > 1)) % 2}
+            activations = ("keep", "recompute")[(i // 2 + (j > 0)) % 2]
+            case |= {"ranks": 1 + (i + j) % 2, "activations": activations, "accumulation": 1 + (i // 4 + i + (j > 1)) % 2}
             yield {"name": " ".join(str(value) for value in case.values()), **case}
 
 

@@ -27,7 +27,8 @@ from deepscale.world import World
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
 RESOLVED: dict[str, Any] = {
-    "depth": 26, "width": 4, "patch_size": 4, "batch_size": 8, "zero": 0, "offload": "none", "precision": "fp32", "recompute": True, "segment": 2,
+    "depth": 26, "width": 4, "patch_size": 4, "batch_size": 8, "zero": 0, "offload": "none", "precision": "fp32",
+    "activations": "recompute", "segment": 2,
     "engine": "torch", "feed": "tensors", "eval_images": 8, "max_steps": 30,
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")

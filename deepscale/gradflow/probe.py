@@ -111,8 +111,9 @@ def plan_all(variants: Sequence[Variant], batches: int, place: World, info: Data
     shape = {"channels": info.channels, "image_size": info.image_size, "classes": info.classes}
 
     def resolved(settings: Config) -> plan.Plan:
-        recompute = True if settings.engine.recompute == AUTO else settings.engine.recompute
-        settings = settings.replace(engine="torch", recompute=recompute, time_budget=TIME_S / len(variants) / batches / plan.STEP_SHARE)
+        engine = settings.engine
+        activations = "recompute" if engine.activations == AUTO and engine.segment is not None else engine.activations
+        settings = settings.replace(engine="torch", activations=activations, time_budget=TIME_S / len(variants) / batches / plan.STEP_SHARE)
         return plan.resolve(settings, place, machine, **shape)
 
     deepest = max(variants, key=lambda variant: variant.config.model.built_depth)
