@@ -1,7 +1,7 @@
 """What can go wrong by a user's hand, as sentences instead of tracebacks.
 
-Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 130 for Ctrl-C,
-141 where the reader of a pipe has gone, as shells count it.
+Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 4 for memory that ran out
+(`OutOfMemoryError`), 130 for Ctrl-C, 141 where the reader of a pipe has gone, as shells count it.
 """
 
 import functools
@@ -40,6 +40,12 @@ class NonFiniteError(DeepscaleError):
     """The loss turned NaN or infinite; the message names the step and the layer."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(DeepscaleError):
+    """Device or host had no more memory; the message says what was planned and what to switch on."""
+
+    exit_code = 4
 
 
 def unknown_choice(what: str, given: str, known: Iterable[str]) -> UsageError:

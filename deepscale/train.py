@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepscale import checkpoints, config, errors, loop, memory, ops, paths, plan, progress, tracking, world
+from deepscale import checkpoints, config, errors, loop, memory, ops, outcome, paths, plan, progress, tracking, world
 from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
@@ -88,28 +88,24 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Pre
 
 
 def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str]:
-    """Model, engine, steps, summary: (the summary's rows, the command that shows the run). Closes the tracker whatever happens."""
+    """Model, engine, steps, summary: (the summary's rows, the command that shows the run). Closes its record whatever happens."""
     settings, place, info = run.plan.config, run.place, run.feeds.info
-    base = memory.reset_peak(place.device)
-    model = build_model(settings, info, place)
-    engine = build_engine(model, settings, place, run.cpu_adam)
     name = settings.tracking.run_name or run_name(run.asked, settings)
     folder = paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
-    tracker = tracking.open_tracker(
-        settings.tracking,
-        run_name=name,
-        parameters=parameters,
-        tags={"dataset": info.name, "feed": run.feeds.name, "engine": engine.name},
-        dataset=info,
-        rank=place.rank,
-        warn=screen.warn,
-        folder=folder,
-    )
-    tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
-    records = Records(model, engine, settings, tracker, screen)
-    status = "FAILED"
-    try:
+    tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
+    base = memory.reset_peak(place.device)
+    with outcome.Recorded(
+        lambda: tracking.open_tracker(
+            settings.tracking, run_name=name, parameters=parameters, tags=tags, dataset=info, rank=place.rank, warn=screen.warn, folder=folder
+        ),
+        lambda error: exhausted(run, error, memory.peak_bytes(place.device)),
+    ) as record:
+        model = build_model(settings, info, place)
+        engine = build_engine(model, settings, place, run.cpu_adam)
+        tracker = record.tracker
+        tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
+        records = Records(model, engine, settings, tracker, screen)
         try:
             result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records))()
         finally:  # also of a run that stopped: there they are wanted most
@@ -123,13 +119,14 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
         tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
     return rows, tracker.view_command()
+
+
+def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
+    """The sentence for memory that ran out: what was planned, what was in use, and what to switch on."""
+    planned, advice = run.plan.memory.total, outcome.memory_advice(run.plan.config, run.place.size)
+    asked = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"out of memory on {run.place.device}: planned {progress.gib(planned)}, at most {progress.gib(peak)} were in use ({asked}); {advice}"
 
 
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:

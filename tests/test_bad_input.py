@@ -215,7 +215,10 @@ def test_all_ranks_find_the_fault_and_one_says_it(monkeypatch: pytest.MonkeyPatc
     assert waited == [errors.RANK_0_FIRST_S] * 2
 
 
-@pytest.mark.parametrize(("error", "code"), [(errors.UsageError("x"), 2), (errors.NonFiniteError("x"), 3), (KeyboardInterrupt(), 130)])
+ENDS = [(errors.UsageError("x"), 2), (errors.NonFiniteError("x"), 3), (errors.OutOfMemoryError("x"), 4), (KeyboardInterrupt(), 130)]
+
+
+@pytest.mark.parametrize(("error", "code"), ENDS)
 def test_exit_codes(error: BaseException, code: int) -> None:
     @errors.command
     def main() -> None:

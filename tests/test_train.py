@@ -223,7 +223,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(with_database:
     assert "seed=6" in other.name
 
 
-def test_an_interrupted_and_a_failed_run_are_closed_as_such(
+def test_interrupted_and_failed_runs_are_closed_as_such(
     with_database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the third step; the two before it are recorded. Slurm and the launcher end a run by SIGTERM."""
@@ -247,11 +247,25 @@ def test_an_interrupted_and_a_failed_run_are_closed_as_such(
     third_step(fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         in_process("--max-steps", "5")
+    third_step(lambda: torch.empty(2**50))  # the allocator itself refuses
+    in_process("--max-steps", "5", code=4)
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("deepscale: out of memory on cpu: planned ") and "--accumulation 2" in sentence
     monkeypatch.setattr(loop.Fit, "_one", one)
     in_process("--max-steps", "5", "--lr", "1e30", "--clip", "0", code=3)
     runs = runs_in(with_database)
-    assert [run.status for run in runs] == ["KILLED", "KILLED", "FAILED", "FAILED"]
-    assert [len(run.losses()) for run in runs[:3]] == [2, 2, 2]
+    assert [run.status for run in runs] == ["KILLED", "KILLED", "FAILED", "FAILED", "FAILED"]
+    assert [run.tags["outcome"] for run in runs] == ["interrupted", "interrupted", "failed", "out_of_memory", "non_finite"]
+    assert [len(run.losses()) for run in runs[:4]] == [2, 2, 2, 2]
+    assert runs[3].tags["outcome_text"] == sentence.removeprefix("deepscale: ")
+
+
+def test_memory_that_runs_out_before_the_first_step_is_recorded_too(with_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "build_engine", lambda *arguments: torch.empty(2**50))
+    in_process("--max-steps", "1", code=4)
+    (run,) = runs_in(with_database)
+    assert (run.status, run.tags["outcome"]) == ("FAILED", "out_of_memory")
+    assert int(run.settings["planned_memory_bytes"]) > 0
 
 
 def test_without_data_and_network_auto_says_loudly_that_images_are_synthetic(with_database: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,86 @@
+"""How a run ended, in one word for its record, and what to switch on where the memory ran out."""
+
+import errno
+import functools
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from deepscale.config import Config
+from deepscale.errors import NonFiniteError, OutOfMemoryError
+from deepscale.models.convnext import smallest_segment
+from deepscale.tracking import Tracker
+
+FINISHED, INTERRUPTED, NON_FINITE, OUT_OF_MEMORY, FAILED = "finished", "interrupted", "non_finite", "out_of_memory", "failed"
+STATUS = {FINISHED: "FINISHED", INTERRUPTED: "KILLED"}  # MLflow's word; FAILED for the rest
+# torch's allocators on the host raise a plain RuntimeError with these words (c10/core/impl/alloc_cpu.cpp, pinned memory, C++'s own).
+REFUSED_BY_HOST = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "CUDA error: out of memory")
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """The word for a run that ended with this error, or with none."""
+    if error is None:
+        return FINISHED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, NonFiniteError):
+        return NON_FINITE
+    return OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether device or host refused to give memory. A process that the system kills for its memory cannot be asked."""
+    if isinstance(error, (OutOfMemoryError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSED_BY_HOST)
+
+
+class Recorded:
+    """A run's record, which `open` makes when it is first asked for; closed with the run's outcome, whatever happens inside `with`.
+
+    Bad input that is found before leaves no record. Memory that runs out always leaves one, and is raised as OutOfMemoryError with
+    what `sentence` makes of the error.
+    """
+
+    def __init__(self, open: Callable[[], Tracker], sentence: Callable[[BaseException], str]) -> None:
+        self.open, self.sentence = open, sentence
+
+    @functools.cached_property
+    def tracker(self) -> Tracker:
+        """The tracker, open from now on."""
+        return self.open()
+
+    def __enter__(self) -> "Recorded":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        word = outcome_of(error)
+        failure = OutOfMemoryError(self.sentence(error)) if error is not None and word == OUT_OF_MEMORY else None
+        if failure is not None or "tracker" in vars(self):
+            self.tracker.tags({"outcome": word} | ({"outcome_text": str(failure)} if failure else {}))
+            self.tracker.finish(STATUS.get(word, "FAILED"))
+        if failure is not None:
+            raise failure from None
+
+
+def memory_advice(settings: Config, ranks: int) -> str:
+    """What to type for a smaller run: everything that is not switched on yet, what costs least first."""
+    engine, micro = settings.engine, int(settings.data.batch_size) // settings.recipe.accumulation // ranks
+    least = smallest_segment(settings.model.stage_blocks)
+    advice = []
+    if engine.recompute is not True:
+        advice.append("--recompute")
+    elif engine.segment != least:
+        advice.append(f"--segment {least}")
+    if engine.engine == "deepspeed" and ranks > 1 and engine.zero != 3:
+        advice.append("--zero 3")
+    if engine.engine == "deepspeed" and engine.device == "cuda" and engine.offload != "cpu":
+        advice.append("--zero 3 --offload cpu" if ranks == 1 else "--offload cpu")
+    if micro > 1:
+        advice.append(f"--accumulation {2 * settings.recipe.accumulation}")
+    if int(settings.model.width) > 1:
+        advice.append(f"--width {int(settings.model.width) // 2}")
+    return f"type {' or '.join(advice)}" if advice else "type a smaller --depth"
