@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from deepscale.config import Config
+from deepscale.config import IN_SEGMENTS, Config
 from deepscale.errors import NonFiniteError, OutOfMemoryError
 from deepscale.models.convnext import smallest_segment
 from deepscale.tracking import Tracker
@@ -71,10 +71,12 @@ def memory_advice(settings: Config, ranks: int) -> str:
     engine, micro = settings.engine, int(settings.data.batch_size) // settings.recipe.accumulation // ranks
     least = smallest_segment(settings.model.stage_blocks)
     advice = []
-    if engine.recompute is not True:
+    if engine.activations not in IN_SEGMENTS:
         advice.append("--recompute")
     elif engine.segment != least:
         advice.append(f"--segment {least}")
+    elif engine.activations == "recompute" and engine.device == "cuda":
+        advice.append("--activations offload")
     if engine.engine == "deepspeed" and ranks > 1 and engine.zero != 3:
         advice.append("--zero 3")
     if engine.engine == "deepspeed" and engine.device == "cuda" and engine.offload != "cpu":

@@ -111,7 +111,7 @@ def test_every_run_says_how_it_ended(error: BaseException | None, outcome: str, 
 
 
 RESOLVED = Config().replace(
-    depth=1004, width=64, batch_size=64, zero=0, offload="none", precision="fp32", device="cpu", recompute=False, segment=4, stack_size=18
+    depth=1004, width=64, batch_size=64, zero=0, offload="none", precision="fp32", device="cpu", activations="keep", segment=None, stack_size=18
 )
 
 
@@ -119,11 +119,15 @@ RESOLVED = Config().replace(
     ("changes", "ranks", "advice"),
     [
         ({}, 1, "type --recompute or --accumulation 2 or --width 32"),
-        ({"recompute": True}, 1, "type --segment 6 or --accumulation 2 or --width 32"),
-        ({"recompute": True, "segment": 6, "accumulation": 64, "width": 1}, 1, "type a smaller --depth"),
-        ({"recompute": True, "segment": 6, "zero": 2}, 2, "type --zero 3 or --accumulation 2 or --width 32"),
-        ({"recompute": True, "segment": 6, "device": "cuda"}, 1, "type --zero 3 --offload cpu or --accumulation 2 or --width 32"),
-        ({"recompute": True, "segment": 6, "device": "cuda", "engine": "torch"}, 1, "type --accumulation 2 or --width 32"),
+        ({"activations": "recompute", "segment": 4}, 1, "type --segment 6 or --accumulation 2 or --width 32"),
+        ({"activations": "recompute", "segment": 6, "accumulation": 64, "width": 1}, 1, "type a smaller --depth"),
+        ({"activations": "recompute", "segment": 6, "zero": 2}, 2, "type --zero 3 or --accumulation 2 or --width 32"),
+        (
+            {"activations": "recompute", "segment": 6, "device": "cuda"},
+            1,
+            "type --activations offload or --zero 3 --offload cpu or --accumulation 2 or --width 32",
+        ),
+        ({"activations": "offload", "segment": 6, "device": "cuda", "engine": "torch"}, 1, "type --accumulation 2 or --width 32"),
     ],
 )
 def test_the_advice_names_what_is_not_on_yet_and_can_be_typed(changes: dict[str, Any], ranks: int, advice: str) -> None:
