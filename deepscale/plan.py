@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepscale.activations import policy_of
 from deepscale.config import AUTO, IN_SEGMENTS, Config, EngineConfig, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
@@ -130,7 +131,7 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
     for blocks, _, width in stage_shapes(config.model, micro, image_size):
         # Ranks measure on their own, and not equally often: nothing may wait for another.
         spec = dataclasses.replace(block_spec(config.model, width), sync_batchnorm=False)
-        stack = BlockStack(spec, 0, 1, min(1, segment_of(config))).to(world.device)
+        stack = policy_of(config).apply(BlockStack(spec, 0, 1)).to(world.device)
         for parameter in stack.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(micro, width, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -179,8 +180,6 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
 def _engine_choices(config: Config, machine: Machine) -> Config:
     """Device, precision, ZeRO as far as they do not hang on sizes."""
     stage, offload = stage_and_offload(config)
-    if config.engine.activations in ("selective", "offload"):
-        raise UsageError(f"--activations {config.engine.activations} is not there yet; type --activations keep or --activations recompute")
     if config.engine.engine == "torch":
         if stage not in (AUTO, 0) or offload == "cpu" or config.engine.deepspeed_config:
             raise UsageError("--engine torch has no ZeRO, offload or DeepSpeed file; leave them out, or leave --engine torch out")

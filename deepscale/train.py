@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepscale import checkpoints, config, errors, loop, memory, ops, outcome, paths, plan, progress, tracking, world
+from deepscale import activations, checkpoints, config, errors, loop, memory, ops, outcome, paths, plan, progress, tracking, world
 from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
@@ -131,8 +131,8 @@ def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
 
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
     """The planned network with its initial values, on the run's device."""
-    grouping = {"stack_size": int(settings.engine.stack_size), "segment": plan.segment_of(settings)}
-    model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, **grouping)
+    model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size))
+    activations.policy_of(settings).apply(model)
     torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth
     return model.initialise(settings.recipe.seed).to(place.device)
 

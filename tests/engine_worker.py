@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from deepscale import ops, world
+from deepscale.activations import policy_of
 from deepscale.checkpoints import gathered_state
-from deepscale.config import Config, EngineConfig
+from deepscale.config import IN_SEGMENTS, Config, EngineConfig
 from deepscale.engine import build_engine, hush
 from deepscale.loop import train_step
 from deepscale.models.components import commit_running_statistics
@@ -56,9 +57,9 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     """Trains the case's network for its steps."""
     defaults = {"depth": 14, "patch_size": 4, "width": 4, "batch_size": BATCH, "lr": 1e-3}
     defaults |= {"zero": 0, "offload": "none", "precision": "fp32", "activations": "keep"}
+    defaults["segment"] = 1 if case["settings"].get("activations") in IN_SEGMENTS else None
     settings = Config().replace(**{**defaults, **case["settings"]})
-    segment = 1 if settings.engine.activations == "recompute" else 0
-    model = ConvNeXt(settings.model, classes=CLASSES, stack_size=2, segment=segment).initialise(0)
+    model = policy_of(settings).apply(ConvNeXt(settings.model, classes=CLASSES, stack_size=2)).initialise(0)
     engine = build_engine(model, settings, place, case.get("cpu_adam", False))
     schedule = build_schedule(engine.optimizer, settings.recipe, case["steps"])
     losses: list[float] = []

@@ -18,7 +18,8 @@ from engine_worker import CLASSES, global_batch
 from torch import Tensor, nn
 
 from deepscale import ops, world
-from deepscale.config import Config, EngineConfig
+from deepscale.activations import policy_of
+from deepscale.config import IN_SEGMENTS, Config, EngineConfig
 from deepscale.engine import Share, build_engine, hush
 from deepscale.gradflow.flow import Flow
 from deepscale.gradflow.measure import Measured
@@ -52,6 +53,7 @@ def settings_of(case: dict[str, Any]) -> Config:
     own = {name: case[name] for name in ("offload", "activations", "accumulation", "precision")}
     engine = {"engine": "torch", "zero": 0} if case["engine"] == "torch" else {"zero": int(case["engine"][1])}
     network = {"depth": 26, "patch_size": 4, "width": 4, "activation": "relu", "layerscale_init": 0.1}
+    own["segment"] = 2 if own["activations"] in IN_SEGMENTS else None
     return Config().replace(batch_size=BATCH, lr=1e-3, clip=0.02, **network, **own, **engine)
 
 
@@ -67,7 +69,7 @@ def with_dead_units(model: M) -> M:
 def run(case: dict[str, Any], place: world.World) -> Flow:
     """Trains the case's network, stacks of 3 blocks, and records."""
     settings = settings_of(case)
-    model = ConvNeXt(settings.model, classes=CLASSES, stack_size=3, segment=2 if case["activations"] == "recompute" else 0).initialise(0)
+    model = policy_of(settings).apply(ConvNeXt(settings.model, classes=CLASSES, stack_size=3)).initialise(0)
     with_dead_units(model)
     engine = build_engine(model, settings, place)
     recorder = Recorder(model, engine=engine)

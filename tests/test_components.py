@@ -6,8 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from policies import in_segments
 from torch import Tensor, nn
 
+from deepscale.activations import Recompute
 from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, ModelConfig
 from deepscale.models.components import (
     ACTIVATIONS,
@@ -258,7 +260,7 @@ def test_recomputation_counts_a_batch_once(micro_batches: int) -> None:
     model = ModelConfig(blocks=(1, 2, 5, 1), width=4, patch_size=1, norm="batchnorm", layerscale_init=0.5)
     states = []
     for segment in (0, 2):
-        network = ConvNeXt(model, stack_size=3, segment=segment).initialise(0).double()
+        network = in_segments(segment).apply(ConvNeXt(model, stack_size=3)).initialise(0).double()
         for micro in range(micro_batches):
             x = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(micro))
             cross_entropy(network(x), torch.tensor([0, 1, 2])).backward()
@@ -275,7 +277,7 @@ def test_recomputation_counts_a_batch_once(micro_batches: int) -> None:
 
 def test_evaluation_without_gradients_counts_no_batch() -> None:
     """A validation pass between micro batches must leave what the step will commit."""
-    network = ConvNeXt(ModelConfig(depth=14, width=4, patch_size=1, norm="batchnorm"), segment=1).initialise(0)
+    network = Recompute(1).apply(ConvNeXt(ModelConfig(depth=14, width=4, patch_size=1, norm="batchnorm"))).initialise(0)
     network.eval()
     with torch.no_grad():
         network(torch.randn(2, 3, 16, 16))

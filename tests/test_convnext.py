@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from policies import in_segments
 from torch import Tensor, nn
 
+from deepscale.activations import Recompute
 from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, ModelConfig, RecipeConfig
 from deepscale.models.components import RunningStatistics, commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly
@@ -62,7 +64,7 @@ def pair(model: ModelConfig, *, stack_size: int, segment: int, dtype: torch.dtyp
     """The stacked and the plain network with the same values."""
     plain = PlainConvNeXt(model).to(dtype)
     randomise(plain)
-    stacked = ConvNeXt(model, stack_size=stack_size, segment=segment).to(dtype)
+    stacked = in_segments(segment).apply(ConvNeXt(model, stack_size=stack_size)).to(dtype)
     for module in stacked.modules():
         if isinstance(module, RunningStatistics):
             module.reset_parameters()
@@ -191,7 +193,7 @@ def test_stacked_is_plain_for_images_of_any_shape(image: tuple[int, int, int]) -
     model = config(layerscale_init=0.5)
     plain = PlainConvNeXt(model, channels=channels, classes=7).double()
     randomise(plain)
-    stacked = ConvNeXt(model, channels=channels, classes=7, stack_size=2, segment=2).double()
+    stacked = Recompute(2).apply(ConvNeXt(model, channels=channels, classes=7, stack_size=2)).double()
     load_plain(stacked, plain.state_dict())
     assert_same_step(stacked, plain, drawn(torch.Size((3, *image)), 0), torch.arange(3))
 
@@ -294,7 +296,7 @@ def test_five_optimiser_steps_give_the_plain_parameters(settings: dict[str, Any]
     networks' stay below a millionth of the rate.
     """
     model, recipe = config(**settings), RecipeConfig(lr=1e-2, weight_decay=0.1)
-    networks = ConvNeXt(model, stack_size=3, segment=2).initialise(1).double(), PlainConvNeXt(model).initialise(1).double()
+    networks = Recompute(2).apply(ConvNeXt(model, stack_size=3)).initialise(1).double(), PlainConvNeXt(model).initialise(1).double()
     initial = {name: value.clone() for name, value in networks[1].named_parameters()}
     clipped = []
     for network in networks:
@@ -438,7 +440,7 @@ def test_stacks_keep_the_number_of_tensors_small() -> None:
 def test_the_stream_is_float32_from_stem_to_head_under_autocast() -> None:
     """Every stack's input and output, and the gradients there, in bf16 autocast; the downsamplings' convolutions run in bfloat16."""
     model = config(layerscale_init=None, patch_size=2)
-    network = ConvNeXt(model, stack_size=2, segment=2).initialise(0)
+    network = Recompute(2).apply(ConvNeXt(model, stack_size=2)).initialise(0)
     seen: list[tuple[torch.dtype, ...]] = []
     low: list[torch.dtype] = []
     for module in network.modules():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepscale import gradflow
+from deepscale.activations import Recompute
 from deepscale.config import ModelConfig
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 
@@ -20,7 +21,7 @@ def first_layer(depth: int, skip: str, gamma: float | None = None, width: int = 
     random = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32, generator=random), torch.randint(10, (8,), generator=random)
     settings = ModelConfig(depth=depth, width=width, patch_size=4, skip=skip, layerscale_init=gamma)
-    model = ConvNeXt(settings, segment=4).initialise(0)
+    model = Recompute(4).apply(ConvNeXt(settings)).initialise(0)
     recorder = gradflow.Recorder(model, records=1)
     recorder.begin(0)
     cross_entropy(model(images), labels).backward()

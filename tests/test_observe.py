@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from policies import in_segments
 from torch import Tensor, nn
 
 from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, ModelConfig
@@ -52,7 +53,7 @@ def pair(dtype: torch.dtype = torch.float64, stack_size: int = 2, segment: int =
     """The stacked network and the plain one with the same values."""
     plain = randomised(PlainConvNeXt(config(**settings)).to(dtype))
     assert isinstance(plain, PlainConvNeXt)
-    model = ConvNeXt(config(**settings), stack_size=stack_size, segment=segment).to(dtype)
+    model = in_segments(segment).apply(ConvNeXt(config(**settings), stack_size=stack_size)).to(dtype)
     load_plain(model, plain.state_dict())
     return model, plain
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
+from policies import in_segments
 from torch import Tensor, nn
 
 from deepscale.config import ModelConfig
@@ -97,7 +98,7 @@ def pair(dtype: torch.dtype, segment: int = 0, **settings: Any) -> tuple[ConvNeX
     """The stacked network and the plain one with the same values."""
     config = ModelConfig(**{"width": 4, "patch_size": 4, **settings})
     plain = PlainConvNeXt(config).initialise(0).to(dtype)
-    model = ConvNeXt(config, segment=segment).to(dtype)
+    model = in_segments(segment).apply(ConvNeXt(config)).to(dtype)
     load_plain(model, plain.state_dict())
     return model, plain
 

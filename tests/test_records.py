@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepscale import gradflow, loop
+from deepscale.activations import policy_of
 from deepscale.config import Config
 from deepscale.data import open_feeds
 from deepscale.data.synthetic import synthetic
@@ -74,7 +75,7 @@ def make(**settings: Any) -> tuple[loop.Run, Log, Screen]:
     feeds = open_feeds(
         synthetic(train_images=64, test_images=40), config.data, micro_batch=8, eval_batch=8, seed=0, rank=0, world_size=1, device=HERE.device
     )
-    model = ConvNeXt(config.model, stack_size=2, segment=int(config.engine.segment)).initialise(0)
+    model = policy_of(config).apply(ConvNeXt(config.model, stack_size=2)).initialise(0)
     engine, tracker, screen = TorchEngine(model, config, HERE), Log(), Screen()
     records = Records(model, engine, config, tracker, screen)
     return loop.Run(config, HERE, model, engine, feeds, tracker, screen, records), tracker, screen

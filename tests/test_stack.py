@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from policies import in_segments
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepscale.activations import Recompute
 from deepscale.config import ModelConfig
 from deepscale.models.convnext import ConvNeXt, cross_entropy, smallest_segment
 from deepscale.models.reference import PlainBlock
@@ -31,9 +33,9 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def stack_of(blocks: int, *, segment: int = 0, rates: tuple[float, ...] | None = None, dtype: torch.dtype = torch.float64, **spec: Any) -> BlockStack:
     settings = {"kernel_size": 3, "activation": "gelu", "norm": "layernorm", "skip": "identity", "gamma": "scalar", **spec}
-    stack = BlockStack(BlockSpec(C, **settings), 0, blocks, segment, rates).to(dtype)
+    stack = BlockStack(BlockSpec(C, **settings), 0, blocks, rates).to(dtype)
     randomised(stack)
-    return stack
+    return in_segments(segment).apply(stack)
 
 
 def plain_blocks(stack: BlockStack) -> nn.Sequential:
@@ -138,7 +140,7 @@ def test_a_bf16_stream_would_stand_still() -> None:
 
 def zero_stack(gamma: str) -> BlockStack:
     """3,333 blocks whose branch is 0 everywhere."""
-    stack = BlockStack(BlockSpec(C, 3, "relu", "none", "identity", gamma), 0, BLOCKS, segment=18)
+    stack = Recompute(18).apply(BlockStack(BlockSpec(C, 3, "relu", "none", "identity", gamma), 0, BLOCKS))
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.zero_()
@@ -276,7 +278,7 @@ SHALLOWER = ModelConfig(blocks=(6, 6, 54, 6), width=4, patch_size=1)
 
 
 def network(model: ModelConfig, segment: int) -> ConvNeXt:
-    return ConvNeXt(model, segment=segment).initialise(0)
+    return in_segments(segment).apply(ConvNeXt(model)).initialise(0)
 
 
 def test_live_bytes_sees_what_autograd_holds() -> None:

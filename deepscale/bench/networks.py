@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from deepscale.activations import policy_of
 from deepscale.config import Config
 from deepscale.depth import blocks_for_depth
 from deepscale.engine import Engine
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt, default_stack_size
 from deepscale.models.reference import PlainConvNeXt
-from deepscale.plan import FAST_SEGMENT, segment_of
+from deepscale.plan import FAST_SEGMENT
 from deepscale.world import World
 
 IMAGE_SIZE = 32
@@ -50,8 +51,8 @@ def build(settings: Config, plain: bool = False) -> nn.Module:
     """The network with its initial values: stacked, or plain as published."""
     if plain:
         return PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS).initialise(SEED)
-    stack_size, segment = int(settings.engine.stack_size), segment_of(settings)
-    return ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=stack_size, segment=segment).initialise(SEED)
+    model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
+    return policy_of(settings).apply(model).initialise(SEED)
 
 
 def random_batch(images: int, channels_last: bool = True) -> tuple[Tensor, Tensor]:

@@ -103,11 +103,10 @@ class PlainName:
 class ConvNeXt(nn.Module):
     """images (B, channels, H, W) -> logits (B, classes).
 
-    `width` and `patch_size` must be resolved numbers. Neither `stack_size` (blocks
-    per stack) nor `segment` (blocks recomputed together, 0 for none) changes a value.
+    `width` and `patch_size` must be resolved numbers. `stack_size` (blocks per stack) changes no value.
     """
 
-    def __init__(self, model: ModelConfig, *, classes: int = 10, channels: int = 3, stack_size: int | None = None, segment: int = 0) -> None:
+    def __init__(self, model: ModelConfig, *, classes: int = 10, channels: int = 3, stack_size: int | None = None) -> None:
         super().__init__()
         assert isinstance(model.width, int) and isinstance(model.patch_size, int), "resolve auto first (plan.py)"
         self.config = model
@@ -122,7 +121,7 @@ class ConvNeXt(nn.Module):
             stacks, first = [], 0
             for n in split_evenly(blocks[s], largest):
                 rates = drop_rates(model.drop_path, done + first, n, total)
-                stacks.append(BlockStack(block_spec(model, width), first, n, segment, rates))
+                stacks.append(BlockStack(block_spec(model, width), first, n, rates))
                 first += n
             stages.append(Stage(downsample, stacks))
             done += blocks[s]

@@ -11,13 +11,14 @@ What is done once per stack instead of once per block:
 - casts to the branch's low precision.
 The residual stream, gamma and the norm's statistics keep the stream's dtype (float32 under autocast).
 
-With recomputation (arXiv:1604.06174) only the input of every segment of blocks is kept; backward runs the segment's forward
-again. Segments may be smaller than stacks: fewer blocks are held at once and stay in cache, at no more tensors. Tensors stay in
-channels-last memory, so that convolutions see (B, C, H, W) and the rest rows (M, C) of the same memory.
+What a forward pass leaves for its backward is the stack's `keeping`: all that backward needs, a part of it, or only the input of
+every segment of blocks (arXiv:1604.06174), whose forward then runs again. Segments may be smaller than stacks: fewer blocks are
+held at once and stay in cache, at no more tensors. Tensors stay in channels-last memory, so that convolutions see (B, C, H, W)
+and the rest rows (M, C) of the same memory.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,31 @@ class BlockSpec:
         if self.gamma != "none":
             shapes["gamma"] = (1,) if self.gamma == "scalar" else (c,)
         return shapes
+
+
+class Store(Protocol):
+    """Where the inputs of segments rest between forward and backward."""
+
+    def put(self, x: Tensor) -> Any:
+        """Takes x (B, C, H, W); what it gives stands for x, which is forgotten when that is."""
+        ...
+
+    def get(self, resting: Any) -> Tensor:
+        """The x that was put, equal in every bit. Once, and those of one forward pass the last one first."""
+        ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a stack's forward pass leaves for its backward; every choice gives the same values.
+
+    `segment` 0: what each block's backward needs, but for h and a unless `hidden`; n: the inputs of every n blocks, in the
+    `store` if there is one.
+    """
+
+    segment: int = 0
+    hidden: bool = True
+    store: Store | None = None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,8 +136,11 @@ class _Work:
         if moments is not None:
             moments[0, i], moments[1, i] = batch_moments(y, self.spec.sync_batchnorm)
         xhat, inverse = self.norms[i].forward(y)
-        xhat = xhat.to(w.branch)
-        h = torch.addmm(w.b1[i], xhat, w.w1_t[i])
+        return self.expanded(x, xhat.to(w.branch), inverse, i)
+
+    def expanded(self, x: Tensor, xhat: Tensor, inverse: Tensor, i: int) -> _Saved:
+        """Block i from xhat (M, C) to its activation."""
+        h = torch.addmm(self.weights.b1[i], xhat, self.weights.w1_t[i])
         return _Saved(x, xhat, inverse, h, self.activation.forward(h))
 
     def output(self, saved: _Saved, i: int) -> Tensor:
@@ -219,7 +248,7 @@ class _StackFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, segment: int | None, masks: Tensor | None, *parameters: Tensor
+        ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, keeping: Keeping | None, masks: Tensor | None, *parameters: Tensor
     ) -> Tensor:
         spec, moments = stack.spec, None
         if spec.norm == "batchnorm":
@@ -231,43 +260,41 @@ class _StackFunction(torch.autograd.Function):
             named = dict(zip(spec.shapes(), parameters, strict=True))
             weights = _Weights(spec, named, x.dtype, branch)
             work = _Work(spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), masks, None)
-            kept: list[_Saved] = []
-            inputs, first = [], x
+            kept: list[Any] = []
+            first = x
             for i in range(weights.blocks):
-                if segment and i % segment == 0:
-                    inputs.append(x)
                 saved = work.hidden(x, i, moments if spec.norm == "batchnorm" and stack.training else None)
                 x = work.output(saved, i)
-                if segment == 0:
-                    kept.append(saved)
-        if stack.observer is not None and segment is not None:
+                if keeping is not None and i % (keeping.segment or 1) == 0:
+                    kept.append(_part(saved, keeping))
+        if stack.observer is not None and keeping is not None:
             stack.observer.output(weights.blocks - 1, x)
         if moments is not None and stack.training:
             stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
-        ctx.save_for_backward(first, *parameters)
-        ctx.spec, ctx.kept, ctx.inputs, ctx.segment, ctx.observer = spec, kept, inputs, segment, stack.observer
+        # The input is saved for autograd's check that nobody overwrites it, but where a store has a copy: there it must not stay.
+        held = () if keeping is not None and keeping.store is not None else (first,)
+        ctx.save_for_backward(*parameters, *held)
+        ctx.spec, ctx.kept, ctx.keeping, ctx.observer = spec, kept, keeping, stack.observer
         ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        if not ctx.kept and not ctx.inputs:
+        if not ctx.kept:
             raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
-        x, *parameters = ctx.saved_tensors
-        spec = ctx.spec
-        with torch.autocast(x.device.type, enabled=False):
-            named = dict(zip(spec.shapes(), parameters, strict=True))
-            weights = _Weights(spec, named, x.dtype, ctx.branch)
+        spec, output = ctx.spec, outputs[0]
+        with torch.autocast(output.device.type, enabled=False):
+            named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=False))
+            weights = _Weights(spec, named, output.dtype, ctx.branch)
             work = _Work(spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), ctx.masks, ctx.observer)
-            saved = ctx.kept
-            batch, channels, height, width = x.shape
-            grads = _Gradients(spec, weights.blocks, x)
-            g = _rows(outputs[0].contiguous(memory_format=torch.channels_last))
+            batch, channels, height, width = output.shape
+            grads = _Gradients(spec, weights.blocks, output)
+            g = _rows(output.contiguous(memory_format=torch.channels_last))
+            saved: list[_Saved] = []
             for i in reversed(range(weights.blocks)):
                 if not saved:
-                    first = i - i % ctx.segment
-                    saved = _recompute(work, ctx.inputs.pop(), first, i)
+                    saved = _again(work, ctx.kept.pop(), ctx.keeping, i)
                 g = work.backward(g, saved.pop(), i, grads)
             dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
             return dx, None, None, None, None, *grads.unfolded(named).values()
@@ -281,9 +308,22 @@ def _norms(spec: BlockSpec, blocks: int, moments: Tensor | None, fixed: bool) ->
     return [BatchStandardise(EPS[spec.norm], mean, variance, fixed, spec.sync_batchnorm) for mean, variance in pairs]
 
 
-def _recompute(work: _Work, x: Tensor, first: int, last: int) -> list[_Saved]:
-    """Blocks first ... last forward again from their input, keeping what each one's backward needs."""
-    saved = [work.hidden(x, first)]
+def _part(saved: _Saved, keeping: Keeping) -> Any:
+    """What is kept of a block, or of the segment that it begins."""
+    if keeping.segment:
+        return saved.x if keeping.store is None else keeping.store.put(saved.x)
+    return saved if keeping.hidden else (saved.x, saved.xhat, saved.inverse)
+
+
+def _again(work: _Work, part: Any, keeping: Keeping, last: int) -> list[_Saved]:
+    """What the backward of block `last`, or of the segment that it ends, needs: from what `_part` kept, the rest computed again."""
+    if not keeping.segment and keeping.hidden:
+        return [part]
+    if not keeping.segment:
+        x, xhat, inverse = part
+        return [work.expanded(x, xhat, inverse, last)]
+    first = last - last % keeping.segment
+    saved = [work.hidden(part if keeping.store is None else keeping.store.get(part), first)]
     for i in range(first + 1, last + 1):
         saved.append(work.hidden(work.output(saved[-1], i - 1), i))
     return saved
@@ -293,16 +333,17 @@ class BlockStack(nn.Module):
     """Blocks `first` ... `first + blocks - 1` of a stage.
 
     Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
-    (n, 1) or (n, C). `segment` is the number of blocks recomputed together in backward, from the one input kept for them;
-    0 keeps all. `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch. While an `observer`
-    is attached, forward and backward passes with gradients show it every block; they compute the same values.
+    (n, 1) or (n, C). `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch. `keeping` says what
+    forward leaves for backward, at first all (deepscale/activations.py changes it). While an `observer` is attached, forward and
+    backward passes with gradients show it every block; they compute the same values.
     """
 
     observer: BlockObserver | None = None
+    keeping = Keeping()
 
-    def __init__(self, spec: BlockSpec, first: int, blocks: int, segment: int = 0, drop_rates: tuple[float, ...] | None = None) -> None:
+    def __init__(self, spec: BlockSpec, first: int, blocks: int, drop_rates: tuple[float, ...] | None = None) -> None:
         super().__init__()
-        self.spec, self.first, self.blocks, self.segment, self.drop_rates = spec, first, blocks, segment, drop_rates
+        self.spec, self.first, self.blocks, self.drop_rates = spec, first, blocks, drop_rates
         for name, shape in spec.shapes().items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.empty(blocks, *shape)))
         if spec.norm == "batchnorm":
@@ -317,9 +358,9 @@ class BlockStack(nn.Module):
         device = x.device.type
         parameters = tuple(self.stacked().values())
         branch = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
-        segment = self.segment if torch.is_grad_enabled() else None
+        keeping = self.keeping if torch.is_grad_enabled() else None
         x = x.contiguous(memory_format=torch.channels_last)
-        return _StackFunction.apply(x, self, branch, segment, self._masks(x), *parameters)
+        return _StackFunction.apply(x, self, branch, keeping, self._masks(x), *parameters)
 
     def _masks(self, x: Tensor) -> Tensor | None:
         """Stochastic depth's factors, (n, M, 1), or None."""

@@ -1,0 +1,220 @@
+"""What a forward pass leaves for its backward, as objects: `Recompute(4).apply(model)`.
+
+A policy is laid on any module tree that holds BlockStacks, and leaves the rest of it alone. All of them give the same loss and
+gradients; they differ in bytes and FLOPs, which each one's methods give exactly for a stack of n blocks (`Block`). Sources: checkpoints
+and recomputed segments, arXiv:1604.06174; recomputing only what is large and cheap, arXiv:2205.05198; activations in host
+memory, arXiv:2101.06840.
+
+| policy | kept of a block, elements a row | computed again |
+|---|---|---|
+| keep | x C, xhat C, h 4C, a 4C, inverse deviation 1 | nothing |
+| selective | x C, xhat C, inverse deviation 1 | h and a: one of two products, and the activation |
+| recompute | x C of every segment's first block | the forward pass, but for the last product of every segment |
+| offload | on the device nothing, on the host as recompute | as recompute |
+
+Beside it every policy keeps BatchNorm's statistics (2C a block) and stochastic depth's factors (1 a row and block).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import nn
+
+from deepscale.config import Config
+from deepscale.host_store import HostStore
+from deepscale.models.stack import BlockSpec, BlockStack, Keeping
+
+M = TypeVar("M", bound=nn.Module)
+# Row means of a norm's forward and backward are products with a vector of ones (components.py).
+ROW_MEANS = {"layernorm": (2, 0), "rmsnorm": (1, 1)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sizes of one block of a stack: what it shares with the others, rows M = B * H * W, bytes of an element of stream and branch."""
+
+    spec: BlockSpec
+    rows: int
+    stream_bytes: int = 4
+    branch_bytes: int = 4
+    drop_path: bool = False
+
+    @property
+    def input(self) -> int:
+        """Bytes of x (M, C)."""
+        return self.rows * self.spec.channels * self.stream_bytes
+
+    @property
+    def standard(self) -> int:
+        """Bytes of xhat (M, C) and of the inverse deviation, a number a row or, with BatchNorm, a channel."""
+        numbers = {"none": 0, "batchnorm": self.spec.channels}.get(self.spec.norm, self.rows)
+        return self.rows * self.spec.channels * self.branch_bytes + numbers * self.stream_bytes
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of h and a, (M, 4C) each."""
+        return 8 * self.rows * self.spec.channels * self.branch_bytes
+
+    @property
+    def always(self) -> int:
+        """Bytes that every policy keeps: BatchNorm's mean and variance, and stochastic depth's factors."""
+        moments = 2 * self.spec.channels if self.spec.norm == "batchnorm" else 0
+        return (moments + (self.rows if self.drop_path else 0)) * self.stream_bytes
+
+    @property
+    def product(self) -> int:
+        """FLOPs of one of its two products, (M, C) by (C, 4C); a multiplication and an addition are two."""
+        return 8 * self.rows * self.spec.channels**2
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of its forward pass: products, depthwise convolution, row means."""
+        means = ROW_MEANS.get(self.spec.norm, (0, 0))[0]
+        return 2 * self.product + 2 * self.rows * self.spec.channels * (self.spec.kernel_size**2 + means)
+
+    @property
+    def backward(self) -> int:
+        """FLOPs of its backward pass: two of each in forward, but for the norm's own means."""
+        means = ROW_MEANS.get(self.spec.norm, (0, 0))[1]
+        return 4 * self.product + 2 * self.rows * self.spec.channels * (2 * self.spec.kernel_size**2 + means)
+
+    @property
+    def folding(self) -> int:
+        """FLOPs of the norm's bias folded into the weights, forward and backward, and of its gradient; no more with more rows."""
+        return 3 * 8 * self.spec.channels**2 if self.spec.norm in ("layernorm", "batchnorm") else 0
+
+
+class Policy(ABC):
+    """What is kept, for stacks of n blocks. Bytes and FLOPs are those of one forward and backward pass."""
+
+    name: ClassVar[str]
+
+    def apply(self, model: M) -> M:
+        """Lays the policy on every BlockStack of the module tree, and gives the tree back."""
+        keeping = self.keeping()
+        for module in model.modules():
+            if isinstance(module, BlockStack):
+                module.keeping = keeping
+        return model
+
+    @abstractmethod
+    def keeping(self) -> Keeping:
+        """The same for a stack."""
+
+    @abstractmethod
+    def kept(self, block: Block, n: int) -> int:
+        """Bytes that the stack's forward pass leaves on the device."""
+
+    def host(self, block: Block, n: int) -> int:
+        """Bytes that it leaves in host memory."""
+        return 0
+
+    @abstractmethod
+    def working(self, block: Block, n: int) -> int:
+        """Bytes that its backward pass makes anew at most at a time, beside gradients and what one block's backward takes."""
+
+    @abstractmethod
+    def again(self, block: Block, n: int) -> int:
+        """FLOPs of the forward pass that backward computes again."""
+
+    def flops(self, block: Block, n: int) -> int:
+        """FLOPs of products, convolutions and row means, forward and backward."""
+        return n * (block.forward + block.backward + block.folding) + self.again(block, n)
+
+
+@dataclass(frozen=True)
+class KeepAll(Policy):
+    """Keeps all that backward needs: 10C elements a row and block."""
+
+    name = "keep"
+
+    def keeping(self) -> Keeping:
+        return Keeping()
+
+    def kept(self, block: Block, n: int) -> int:
+        return n * (block.input + block.standard + block.hidden + block.always)
+
+    def working(self, block: Block, n: int) -> int:
+        return 0
+
+    def again(self, block: Block, n: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Selective(Policy):
+    """Keeps x and xhat of every block, a fifth, and computes h and a again (arXiv:2205.05198): neither convolution, norm nor second product."""
+
+    name = "selective"
+
+    def keeping(self) -> Keeping:
+        return Keeping(hidden=False)
+
+    def kept(self, block: Block, n: int) -> int:
+        return n * (block.input + block.standard + block.always)
+
+    def working(self, block: Block, n: int) -> int:
+        return block.hidden
+
+    def again(self, block: Block, n: int) -> int:
+        return n * block.product
+
+
+@dataclass(frozen=True)
+class Recompute(Policy):
+    """Keeps the input of every `segment` blocks and runs them forward again (arXiv:1604.06174): C elements a row and segment."""
+
+    segment: int
+    name = "recompute"
+
+    def __post_init__(self) -> None:
+        if self.segment < 1:
+            raise ValueError(f"{self.segment} blocks are no segment; KeepAll() recomputes none")
+
+    def segments(self, n: int) -> int:
+        """Segments of a stack; the last may be shorter."""
+        return -(-n // self.segment)
+
+    def keeping(self) -> Keeping:
+        return Keeping(self.segment)
+
+    def kept(self, block: Block, n: int) -> int:
+        return self.segments(n) * block.input + n * block.always
+
+    def working(self, block: Block, n: int) -> int:
+        return min(self.segment, n) * (block.input + block.standard + block.hidden) - block.input
+
+    def again(self, block: Block, n: int) -> int:
+        return n * block.forward - self.segments(n) * block.product
+
+
+@dataclass(frozen=True)
+class OffloadInputs(Recompute):
+    """As Recompute, but the kept inputs rest in host memory (arXiv:2101.06840), in buffers that are used again (host_store.py).
+
+    The device holds a segment's input while it is computed again, and the next one, which is fetched meanwhile.
+    """
+
+    name = "offload"
+
+    def keeping(self) -> Keeping:
+        return Keeping(self.segment, store=HostStore())
+
+    def kept(self, block: Block, n: int) -> int:
+        return n * block.always
+
+    def host(self, block: Block, n: int) -> int:
+        return self.segments(n) * block.input
+
+    def working(self, block: Block, n: int) -> int:
+        return super().working(block, n) + 2 * block.input
+
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Selective, Recompute, OffloadInputs)}
+
+
+def policy_of(config: Config) -> Policy:
+    """The policy of a configuration that holds no `auto`."""
+    kind = POLICIES[config.engine.activations]
+    return kind(int(config.engine.segment)) if issubclass(kind, Recompute) else kind()  # type: ignore[arg-type]
