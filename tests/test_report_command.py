@@ -32,7 +32,10 @@ def record(name: str, experiment: str, flow_file: Path | None, finish: bool = Tr
     tracker.log({"val/accuracy": 0.625, "val/loss": 1.5, "test/accuracy": 0.5, "perf/peak_memory_over_start_bytes": 7e6}, 3)
     if flow_file:
         tracker.file(flow_file)
-    if finish:
+    if finish and name == "off":
+        tracker.tags({"outcome": "out_of_memory"})
+        tracker.finish("FAILED")
+    elif finish:
         tracker.finish("FINISHED")
     return tracker
 
@@ -83,6 +86,7 @@ def test_an_experiment(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "training_loss": pytest.approx(2.2), "peak_memory_bytes": 7e6, "step_s": 0.25,
     }  # fmt: skip
     assert (runs["first"]["verdict"], runs["first"]["text"], runs["first"]["converged"]) == ("healthy", "healthy: as it should be", True)
+    assert (runs["first"]["status"], runs["off"]["status"]) == ("FINISHED", "out of memory")
     assert data["settings"] == ["width", "record_every"]
     assert runs["off"]["curves"] == {}
     assert runs["off"]["first_layer"] == [[1.0, 1.0], [2.0, 0.5], [3.0, 0.3333]]

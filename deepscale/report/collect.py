@@ -22,7 +22,7 @@ FROM_METRICS = {
     "peak_memory_bytes": "perf/peak_memory_over_start_bytes",
 }
 STEP_S, FIRST_LAYER = "perf/step_s", "grad/first_layer_mean_abs"
-VERDICT, VERDICT_TEXT = "gradient_verdict", "gradient_verdict_text"
+VERDICT, VERDICT_TEXT, OUTCOME = "gradient_verdict", "gradient_verdict_text", "outcome"
 
 
 def named(names: Sequence[str], experiment: str | None) -> list[ReportRun]:
@@ -91,7 +91,7 @@ def from_mlflow(reader: Reader, run: MlflowRun) -> ReportRun:
         record=record,
         # The record holds the first layer at every recorded step; only where there is none yet is it read from the metrics.
         curves={} if record else {"first_layer": [(float(step), value) for step, value in reader.history(run, FIRST_LAYER)]},
-        status=run.info.status,
+        status=tags.get(OUTCOME, run.info.status).replace("_", " "),
         started_s=run.info.start_time / 1000,
         problem="" if record else why_no_record(run),
     )

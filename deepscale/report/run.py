@@ -40,8 +40,8 @@ class ReportRun:
     """A run in the report. Its record is either at hand (`flow`) or read from `record` when its turn comes: 200 do not fit in memory.
 
     settings: by name, as typed. numbers: what is known of `NUMBERS`; accuracies 0 to 1. curves: name -> (step, value) pairs;
-    "first_layer" (mean |g| of the stem's weight) is taken where the record has none. status: MLflow's, RUNNING among them.
-    problem: why there is no record, as the end of a sentence. started_s: seconds since 1970.
+    "first_layer" (mean |g| of the stem's weight) is taken where the record has none. status: how it ended, else MLflow's word (RUNNING
+    among them). problem: why there is no record, as the end of a sentence. started_s: seconds since 1970.
     """
 
     name: str
