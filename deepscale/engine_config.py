@@ -1,18 +1,21 @@
 """DeepSpeed's configuration of a run: a file of ds_configs/ (or the user's) with its "auto" values filled from the command.
 
 The command owns batch, clipping, accumulation and precision; the file owns what is DeepSpeed's. A file that says something
-else than the command is refused by name. Two rules with a reason:
+else than the command is refused by name. Three rules with a reason:
 - `gradient_clipping` is always written: DeepSpeed clips at 1.0 where the key is absent.
 - Low precision is torch_autocast's, never the `bf16` or `fp16` section: those put the residual stream in low precision, and
   3,333 additions of 1/3,333 to 1.0 leave 1.0 there.
+- ZeRO's buffers are "auto" in our files and as large as the largest stack. DeepSpeed's defaults are for models of billions: up to a
+  billion parameters ZeRO-3 would gather everything at once, and gradients would be averaged in a buffer of 2 GB (docs/findings.md).
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deepscale.config import AUTO, Config
 from deepscale.errors import UsageError
+from deepscale.models.convnext import count_parameters, default_stack_size, stack_tensors
 from deepscale.paths import ds_config_path
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -35,6 +38,15 @@ SCALARS = (
     "seed",
 )
 Settings = dict[str, Any]
+# Elements, where a file does not say: DeepSpeed 0.19.8's own.
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+SMALLEST_BUCKET = 2**20  # elements: below, averaging gradients in more parts saves no memory worth having
 
 
 def path_of(config: Config) -> Path:
@@ -156,17 +168,99 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     _own(autocast, "enabled", engine.precision in DTYPES, "--precision", path, "torch_autocast.")
     _own(autocast, "dtype", DTYPES.get(engine.precision, "bfloat16"), "--precision", path, "torch_autocast.")
     autocast.setdefault("lower_precision_safe_modules", [])  # gradients are reduced in float32
-    zero = settings.setdefault("zero_optimization", {"stage": 0})
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == AUTO:
-            zero[key]["device"] = engine.offload
-        if zero.get(key, {}).get("device") == "none":
-            del zero[key]
+    settings["zero_optimization"] = zero = _filled(settings.get("zero_optimization", {"stage": 0}), config)
     if "offload_optimizer" in zero and not cpu_adam:
         settings["zero_force_ds_cpu_optimizer"] = False
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", 10**9)
     return settings
+
+
+def _filled(zero: Settings, config: Config) -> Settings:
+    """The ZeRO section with every "auto" replaced."""
+    filled = dict(zero)
+    for key in ("offload_optimizer", "offload_param"):
+        device = filled.get(key, {}).get("device")
+        if device == AUTO:
+            filled[key] = filled[key] | {"device": config.engine.offload}
+        if (config.engine.offload if device == AUTO else device) == "none":
+            del filled[key]
+    if AUTO in filled.values():
+        filled |= {key: value for key, value in _sizes(config).items() if filled.get(key) == AUTO}
+    return filled
+
+
+def _stacks(config: Config) -> list[list[int]]:
+    """Elements of each parameter of each stack."""
+    size = config.engine.stack_size
+    return stack_tensors(config.model, default_stack_size(config.model.stage_blocks) if size == AUTO else size)
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    """What "auto" stands for in the sizes of ZeRO's buffers, elements.
+
+    ZeRO-3 gathers ahead while less than two of the largest stacks are there, and whole tensors, none of which is half a stack:
+    so at most two and a half at once, the one in use and what comes next. The last stack of the forward pass is the first of the
+    backward pass, and stays for it.
+    """
+    largest = max(map(sum, _stacks(config)))
+    return {
+        "reduce_bucket_size": min(max(largest, SMALLEST_BUCKET), DEFAULTS["reduce_bucket_size"]),
+        "stage3_prefetch_bucket_size": largest,
+        "stage3_max_live_parameters": 2 * largest,
+        "stage3_max_reuse_distance": largest,
+        "stage3_param_persistence_threshold": 0,
+    }
+
+
+def _zero_of(config: Config) -> Settings:
+    """The filled ZeRO section of a planned run, with DeepSpeed's defaults for the sizes it does not give."""
+    return DEFAULTS | _filled(read(path_of(config)).get("zero_optimization", {"stage": 0}), config)
+
+
+class Resting(NamedTuple):
+    """Where a run's states rest between their uses: "device" or "cpu". Gradients rest with the optimiser."""
+
+    optimizer: str
+    parameters: str
+
+
+def resting(config: Config) -> Resting:
+    """Where the states of a planned run rest: a file may offload the optimiser alone, or the parameters alone."""
+    if config.engine.engine == "torch" or config.engine.zero == 0:
+        return Resting("device", "device")
+    zero = _zero_of(config)
+    offloaded = {key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "cpu"}
+    parameters = "cpu" if config.engine.zero == 3 and "offload_param" in offloaded else "device"
+    return Resting("cpu" if "offload_optimizer" in offloaded else "device", parameters)
+
+
+def gathered(config: Config, ranks: int) -> int:
+    """The most elements of whole parameters that ZeRO-3 holds at once on a rank's device, beside the rank's own part.
+
+    0 below stage 3, and where the rank's own part is the whole: on one rank, unless it rests on the host of another device. What is kept
+    for backward holds no weight (models/stack.py), so that the number is the same for every activation policy.
+    """
+    if config.engine.engine == "torch" or config.engine.zero != 3:
+        return 0
+    if ranks == 1 and (config.engine.device == "cpu" or resting(config).parameters == "device"):
+        return 0
+    zero, stacks = _zero_of(config), _stacks(config)
+    largest = max(map(sum, stacks))
+    persistent = sum(n for stack in stacks for n in stack if n <= int(zero["stage3_param_persistence_threshold"]))
+    ahead = int(zero["stage3_max_live_parameters"]) + max(map(max, stacks)) if zero["stage3_prefetch_bucket_size"] else 0
+    reused = largest + int(zero["stage3_max_reuse_distance"])
+    return min(count_parameters(config.model), persistent + max(ahead, reused))
+
+
+def reduce_bucket(config: Config) -> int:
+    """Elements of the buffers in which ZeRO 1-3 average gradients; a GPU allocates them whole, a CPU as far as gradients fill them."""
+    if config.engine.engine == "torch" or config.engine.zero == 0:
+        return 0
+    zero = _zero_of(config)
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    return int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") and config.engine.zero != 3 else 1)
 
 
 def _own(section: Settings, key: str, value: Any, option: str, path: Path, prefix: str = "") -> None:

@@ -10,6 +10,8 @@ import pytest
 from deepscale import engine_config, paths
 from deepscale.config import Config
 from deepscale.errors import UsageError
+from deepscale.models.convnext import ConvNeXt, count_parameters, stack_tensors
+from deepscale.models.stack import BlockStack
 
 WriteFile = Callable[..., Path]
 PLANNED: dict[str, Any] = {"width": 4, "patch_size": 4, "batch_size": 24, "zero": 2, "offload": "none", "precision": "fp32", "activations": "keep"}
@@ -48,7 +50,7 @@ def test_auto_values_come_from_the_command() -> None:
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 2.5
-    assert settings["zero_optimization"] == {"stage": 2}
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": engine_config.SMALLEST_BUCKET}
     assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert autos(settings) == 0
 
@@ -111,6 +113,100 @@ def test_equal_values_in_the_file_are_no_contradiction(write: WriteFile) -> None
     settings = engine_config.resolve(planned(precision="bf16", deepspeed_config=str(file)), 2, False)
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
     assert settings["steps_per_print"] == 7
+
+
+# ------------------------------------------------------------------------------------------------------- buffers and places
+
+BLOCK = 8 * 512**2 + 17 * 512 + 1  # elements of a block of 512 channels: 3x3, norm, two 1x1 of 4x, their biases, gamma
+SIXTEEN = {"width": 64, "blocks": (16, 16, 144, 16), "stack_size": 16}  # the widest stage is one stack of 16 blocks
+
+
+def test_zeros_buffers_are_as_large_as_the_largest_stack() -> None:
+    """Counted by hand for width 64: the largest stack is 16 blocks of 512 channels."""
+    built = ConvNeXt(planned(**SIXTEEN).model, stack_size=16)
+    stacks = [[p.numel() for p in module.parameters()] for module in built.modules() if isinstance(module, BlockStack)]
+    assert stack_tensors(built.config, 16) == stacks and max(map(sum, stacks)) == 16 * BLOCK
+    zero = engine_config.resolve(planned(zero=3, **SIXTEEN), 2, False)["zero_optimization"]
+    assert {key: value for key, value in zero.items() if key != "stage"} == {
+        "reduce_bucket_size": 16 * BLOCK,
+        "stage3_prefetch_bucket_size": 16 * BLOCK,
+        "stage3_max_live_parameters": 32 * BLOCK,
+        "stage3_max_reuse_distance": 16 * BLOCK,
+        "stage3_param_persistence_threshold": 0,
+    }
+    assert engine_config.resolve(planned(zero=3, width=8, depth=26), 2, False)["zero_optimization"]["reduce_bucket_size"] == 2**20
+    huge = planned(zero=1, width=512, depth=10_001, stack_size=56)
+    assert engine_config.resolve(huge, 2, False)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+def test_sizes_in_a_users_file_win(write: WriteFile) -> None:
+    own = {"stage": 3, "stage3_prefetch_bucket_size": 7, "stage3_max_live_parameters": "auto", "offload_optimizer": {"device": "auto", "ratio": 0.5}}
+    zero = engine_config.resolve(planned(zero=3, offload="cpu", deepspeed_config=str(write({"zero_optimization": own})), **SIXTEEN), 2, False)
+    assert zero["zero_optimization"] == own | {"stage3_max_live_parameters": 32 * BLOCK, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+
+
+def test_what_is_gathered_at_once(write: WriteFile) -> None:
+    """By hand: two stacks and the largest tensor; with DeepSpeed's own sizes everything; without prefetching the stack in use and what is reused."""
+    total = count_parameters(planned(**SIXTEEN).model)
+    assert engine_config.gathered(planned(zero=3, **SIXTEEN), 2) == 32 * BLOCK + 16 * 4 * 512**2 < 3 * 16 * BLOCK < total
+    assert engine_config.gathered(planned(zero=3, activations="keep", **SIXTEEN), 2) == engine_config.gathered(planned(zero=3, **SIXTEEN), 2)
+    file = write({"zero_optimization": {"stage": 3}})
+    assert engine_config.gathered(planned(zero=3, deepspeed_config=str(file), **SIXTEEN), 2) == total
+    one = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    alone = planned(zero=3, deepspeed_config=str(write({"zero_optimization": one})), **SIXTEEN)
+    assert engine_config.gathered(alone, 2) == 16 * BLOCK
+    small = one | {"stage3_param_persistence_threshold": 16 * 64}  # of the first stage: both norm parameters, two biases, the gammas of all
+    persistent = planned(zero=3, deepspeed_config=str(write({"zero_optimization": small})), **SIXTEEN)
+    stacks = stack_tensors(persistent.model, 16)
+    assert engine_config.gathered(persistent, 2) == 16 * BLOCK + 4 * 16 * 64 + 16 * len(stacks)
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "device", "ranks", "nothing"),
+    [
+        (2, "none", "cuda", 2, True),
+        (3, "none", "cuda", 1, True),  # the whole parameter is the rank's own part
+        (3, "cpu", "cuda", 1, False),  # which is fetched from the host
+        (3, "cpu", "cpu", 1, True),
+        (3, "cpu", "cpu", 2, False),
+    ],
+)
+def test_nothing_is_gathered_where_a_rank_has_the_whole(zero: int, offload: str, device: str, ranks: int, nothing: bool) -> None:
+    assert (engine_config.gathered(planned(zero=zero, offload=offload, device=device, **SIXTEEN), ranks) == 0) is nothing
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "section", "rests"),
+    [
+        (0, "none", None, ("device", "device")),
+        (2, "none", None, ("device", "device")),
+        (2, "cpu", None, ("cpu", "device")),
+        (3, "none", None, ("device", "device")),
+        (3, "cpu", None, ("cpu", "cpu")),
+        (3, "cpu", {"stage": 3, "offload_optimizer": {"device": "cpu"}}, ("cpu", "device")),
+        (3, "cpu", {"stage": 3, "offload_param": {"device": "cpu"}}, ("device", "cpu")),
+        (3, "none", {"stage": 3, "offload_param": {"device": "auto"}}, ("device", "device")),
+        (3, "cpu", {"stage": 3, "offload_param": {"device": "auto"}, "offload_optimizer": {"device": "none"}}, ("device", "cpu")),
+        (2, "cpu", {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, ("cpu", "device")),
+    ],
+)
+def test_what_rests_where(write: WriteFile, zero: int, offload: str, section: Any, rests: tuple[str, str]) -> None:
+    """One word --offload cpu does not say whether a file offloads the optimiser, the parameters or both."""
+    file = {} if section is None else {"deepspeed_config": str(write({"zero_optimization": section}))}
+    assert engine_config.resting(planned(zero=zero, offload=offload, **file)) == rests
+
+
+def test_the_buffers_of_the_gradients(write: WriteFile) -> None:
+    def elements(**section: Any) -> int:
+        file = write({"zero_optimization": section})
+        return engine_config.reduce_bucket(planned(zero=section["stage"], deepspeed_config=str(file), **SIXTEEN))
+
+    assert elements(stage=0) == 0
+    assert elements(stage=2) == 500_000_000
+    assert elements(stage=2, reduce_bucket_size="auto") == 16 * BLOCK
+    assert elements(stage=1, reduce_bucket_size=1000, overlap_comm=True) == 2000
+    assert elements(stage=3, reduce_bucket_size=1000, overlap_comm=True) == 1000
+    assert elements(stage=2, reduce_bucket_size=1000, contiguous_gradients=False) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- refused

@@ -48,6 +48,16 @@ def split_evenly(blocks: int, largest: int) -> list[int]:
     return [blocks * (i + 1) // parts - blocks * i // parts for i in range(parts)]
 
 
+def stack_tensors(model: ModelConfig, stack_size: int) -> list[list[int]]:
+    """Elements of each parameter of each stack, in path order: the stacks that ConvNeXt builds. Counted, nothing is allocated."""
+    assert isinstance(model.width, int), "resolve auto first (plan.py)"
+    stacks = []
+    for s, blocks in enumerate(model.stage_blocks):
+        shapes = block_spec(model, model.width * 2**s).shapes().values()
+        stacks += [[n * math.prod(shape) for shape in shapes] for n in split_evenly(blocks, stack_size)]
+    return stacks
+
+
 class Convolution(nn.Module):
     """norm after (stem) or before (downsampling) a strided convolution, on channels-last memory."""
 
