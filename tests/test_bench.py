@@ -71,8 +71,8 @@ def test_the_table_says_how_it_was_measured_and_which_sizes_are_not_the_goals() 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "start, step, memory, gradflow, data"),
-        (["speed"], "'speed' is not known; possible: start, step, memory, gradflow, data"),
+        ([], "start, step, memory, gradflow, data, gpu"),
+        (["speed"], "'speed' is not known; possible: start, step, memory, gradflow, data, gpu"),
         (["start", "--depth", "3"], "depth"),
         (["start", "--rounds", "0"], "'0' is not a whole number from 1"),
         (["step", "--part", "none"], "invalid choice"),

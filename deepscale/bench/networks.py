@@ -73,8 +73,9 @@ class Training:
 
     def step(self) -> None:
         """Forward, loss, backward, clipping, AdamW."""
-        train_step(self.engine, self.batches, 1, self.world, self._note)
+        train_step(self.engine, self.batches, 1, self.world, self.note)
 
-    def _note(self, totals: Tensor) -> None:
+    def note(self, totals: Tensor) -> None:
+        """Keeps a step's loss, from its sums."""
         loss, _, images = totals.tolist()
         self.losses.append(loss / images)

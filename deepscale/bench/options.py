@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ class Options:
     def size(self, name: str, default: int, text: str, low: int = 1) -> None:
         """Adds --name, a whole number."""
         self.parser.add_argument(f"--{name}", type=whole(low), default=default, metavar="N", help=f"{text} (default: {default})")
+
+    def several(self, name: str, default: Sequence[Any], parse: Callable[[str], Any], text: str) -> None:
+        """Adds --name, one or more values."""
+        shown = " ".join(str(value).lower() for value in default)
+        self.parser.add_argument(f"--{name}", nargs="+", type=parse, default=list(default), metavar="N", help=f"{text} (default: {shown})")
 
     def depth(self, name: str, default: int, text: str) -> None:
         """Adds --name, a number of layers."""

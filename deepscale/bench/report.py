@@ -73,6 +73,17 @@ def ratio(what: str, above: Sequence[float], below: Sequence[float], goal: Goal 
     return Row(what, "x", tuple(a / b for a, b in zip(above, below, strict=True)), goal)
 
 
+def markdown(table: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a table in Markdown, its first line the headings; the first `left` columns are text."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    padded = [
+        [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))] for line in table
+    ]
+    lines = [f"| {' | '.join(line)} |" for line in padded]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return lines
+
+
 def number(value: float) -> str:
     """Three significant digits, or whole with thousands separated."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -97,13 +108,7 @@ class Report:
 
     def text(self) -> str:
         """The table in Markdown, and under it where and how it was measured."""
-        table = [HEADINGS, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(HEADINGS))]
-        padded = [
-            [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))] for line in table
-        ]
-        lines = [f"| {' | '.join(line)} |" for line in padded]
-        lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+        lines = markdown([HEADINGS, *(row.cells() for row in self.rows)], left=2)
         other = [f"{name} {self.sizes[name]} ({value})" for name, value in self.goal_sizes.items() if self.sizes[name] != value]
         notes = [*self.notes, *([f"not as the goals ask (in brackets): {', '.join(other)}"] if other else [])]
         where = {
@@ -147,9 +152,14 @@ def check_writable(path: Path | None) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes the whole file or nothing."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(text)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 from deepscale.errors import DeepscaleError, UsageError
 
 TAIL_LINES = 15
-# What a launcher or a job may have set: a measuring process is alone in its world, on the CPU.
+# What a launcher or a job may have set: a measuring process is alone in its world.
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SENTENCE = "deepscale: "  # errors.py's mark of a known error
 
@@ -22,8 +22,9 @@ class BenchError(DeepscaleError):
     """A measuring process failed; the message says how, and shows the end of its output."""
 
 
-def run_worker(module: str, options: Mapping[str, object], *, threads: int, limit_s: float) -> dict[str, Any]:
-    """The result of `python -m module --name value ...` in a process of its own with `threads` threads of computation.
+def run_worker(module: str, options: Mapping[str, object], *, threads: int, limit_s: float, accelerator: str = "cpu") -> dict[str, Any]:
+    """The result of `python -m module --name value ...` in a process of its own with `threads` threads of computation, on `accelerator`
+    ("cpu" or "cuda").
 
     Raises BenchError where it fails or takes longer than `limit_s` seconds; a UsageError of the process stays one.
     """
@@ -32,7 +33,7 @@ def run_worker(module: str, options: Mapping[str, object], *, threads: int, limi
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     paths = [environment.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": str(threads)}
     shown = shlex.join(["python", *command[2:]])
     try:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
