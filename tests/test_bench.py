@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import data, deep, gradflow, main, networks, start, step, worker
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, start, step, worker
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -71,8 +71,8 @@ def test_the_table_says_how_it_was_measured_and_which_sizes_are_not_the_goals() 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "start, step, memory, gradflow, data, gpu"),
-        (["speed"], "'speed' is not known; possible: start, step, memory, gradflow, data, gpu"),
+        ([], ", ".join(BENCHES)),
+        (["speed"], f"'speed' is not known; possible: {', '.join(BENCHES)}"),
         (["start", "--depth", "3"], "depth"),
         (["start", "--rounds", "0"], "'0' is not a whole number from 1"),
         (["step", "--part", "none"], "invalid choice"),

@@ -9,7 +9,7 @@ from typing import Any
 from deepscale.bench.report import Report, check_writable, hardware
 from deepscale.config import parse_depth, parse_duration, parser
 
-UNSIZED = ("rounds", "warm_up", "deep_steps", "part")  # how often and what, but no size that a goal is about
+UNSIZED = ("rounds", "warm_up", "deep_steps", "part", "policies", "steps", "tolerance")  # how often and what, but no size that a goal is about
 
 
 def whole(low: int = 1) -> Callable[[str], int]:

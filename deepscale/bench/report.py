@@ -91,7 +91,10 @@ def number(value: float) -> str:
 
 @dataclass
 class Report:
-    """A bench's result. `sizes` are all its options as they are used, `goal_sizes` those that the goals are about, `notes` sentences."""
+    """A bench's result. `sizes` are all its options as they are used, `goal_sizes` those that the goals are about, `notes` sentences.
+
+    `records` are rows of a table of their own, by its headings: what is no repeated measurement. `details` go to the file only.
+    """
 
     bench: str
     arguments: list[str]
@@ -100,6 +103,8 @@ class Report:
     hardware: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    records: list[dict[str, str | float]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -109,6 +114,9 @@ class Report:
     def text(self) -> str:
         """The table in Markdown, and under it where and how it was measured."""
         lines = markdown([HEADINGS, *(row.cells() for row in self.rows)], left=2)
+        if self.records:
+            cells = [[cell if isinstance(cell, str) else number(cell) for cell in record.values()] for record in self.records]
+            lines = [*markdown([list(self.records[0]), *cells], left=1), "", *lines]
         other = [f"{name} {self.sizes[name]} ({value})" for name, value in self.goal_sizes.items() if self.sizes[name] != value]
         notes = [*self.notes, *([f"not as the goals ask (in brackets): {', '.join(other)}"] if other else [])]
         where = {
@@ -125,8 +133,10 @@ class Report:
             "bench": self.bench,
             "command": self.command,
             "sizes": self.sizes,
+            **({"records": self.records} if self.records else {}),
             "rows": [row.as_json() for row in self.rows],
             "notes": self.notes,
+            **self.details,
             "hardware": self.hardware,
             "versions": versions(),
         }

@@ -28,24 +28,30 @@ def run_worker(module: str, options: Mapping[str, object], *, threads: int, limi
 
     Raises BenchError where it fails or takes longer than `limit_s` seconds; a UsageError of the process stays one.
     """
+    command, environment, shown = start_of(module, options, threads, accelerator)
+    try:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
+    except subprocess.TimeoutExpired as expired:
+        output = "".join(part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (expired.stdout, expired.stderr))
+        raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{_tail(output)}") from None
+    return result_of(shown, done)
+
+
+def start_of(module: str, options: Mapping[str, object], threads: int, accelerator: str) -> tuple[list[str], dict[str, str], str]:
+    """(command, environment, how to show it) of a measuring process."""
     # -P: the working folder is no place of packages. The package's own is, where it is used without being installed.
     command = [sys.executable, "-P", "-m", module]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     paths = [environment.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": str(threads)}
-    shown = shlex.join(["python", *command[2:]])
-    try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
-    except subprocess.TimeoutExpired as expired:
-        output = "".join(part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (expired.stdout, expired.stderr))
-        raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{_tail(output)}") from None
+    return command, environment, shlex.join(["python", *command[2:]])
+
+
+def result_of(shown: str, done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    """What a process that has ended printed in its last line. Raises BenchError, or its own UsageError."""
     if done.returncode:
         raise _failure(shown, done)
-    return _result(shown, done)
-
-
-def _result(shown: str, done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     try:
         result = json.loads((done.stdout.strip().splitlines() or [""])[-1])
     except json.JSONDecodeError:
