@@ -44,7 +44,7 @@ class Measured:
 
     def gradient(self, layers: Tensor, share: Share, size: int) -> None:
         """A parameter's gradient and weight; `layers` (n,) are the layers of its n rows of `size` elements."""
-        self.numel[layers] = float(size)
+        self.numel.index_fill_(0, layers, float(size))
         for first, g in rows_of(share.gradient, share.start, size):
             at = layers[first : first + len(g)]
             magnitude = g.abs().to(torch.promote_types(g.dtype, torch.float32))

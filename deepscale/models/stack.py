@@ -132,7 +132,7 @@ class _Work:
         """Block i up to its activation. With `moments` (2, n, C), BatchNorm's statistics are measured and written there."""
         w, k = self.weights, self.spec.kernel_size
         y = _rows(F.conv2d(x.to(w.branch), w.dw[i], w.dw_bias[i], padding=k // 2, groups=self.spec.channels))
-        y = y.to(w.stream) if self.spec.norm != "none" else y
+        y = y if self.spec.norm == "none" or self.norms[i].takes(y) else y.to(w.stream)
         if moments is not None:
             moments[0, i], moments[1, i] = batch_moments(y, self.spec.sync_batchnorm)
         xhat, inverse = self.norms[i].forward(y)
@@ -175,9 +175,9 @@ class _Work:
         torch.sum(dh, 0, dtype=w.stream, out=grads.b1[i])
         grads.write(grads.w1, i, saved.xhat.t(), dh)  # (C, 4C)
         dxhat = dh @ w.w1[i]
-        dy = dxhat
-        if self.spec.norm != "none":
-            dy = self.norms[i].backward(dxhat.to(w.stream), saved.xhat.to(w.stream), saved.inverse)
+        low = self.spec.norm == "none" or self.norms[i].takes(dxhat)
+        rows = (dxhat, saved.xhat) if low else (dxhat.to(w.stream), saved.xhat.to(w.stream))
+        dy = self.norms[i].backward(*rows, saved.inverse)
         batch, _, height, width = saved.x.shape
         dy = dy.to(w.branch).view(batch, height, width, c).permute(0, 3, 1, 2)
         dx, dw, dw_bias = aten.convolution_backward(
@@ -340,6 +340,7 @@ class BlockStack(nn.Module):
 
     observer: BlockObserver | None = None
     keeping = Keeping()
+    _rates: Tensor | None = None  # drop_rates (n, 1) on the device
 
     def __init__(self, spec: BlockSpec, first: int, blocks: int, drop_rates: tuple[float, ...] | None = None) -> None:
         super().__init__()
@@ -366,6 +367,7 @@ class BlockStack(nn.Module):
         """Stochastic depth's factors, (n, M, 1), or None."""
         if not self.training or self.drop_rates is None:
             return None
-        rates = torch.tensor(self.drop_rates, dtype=torch.float64, device=x.device)[:, None]
-        kept = (torch.rand(self.blocks, x.shape[0], device=x.device) >= rates) / (1 - rates)  # (n, B)
+        if self._rates is None or self._rates.device != x.device:  # once: a copy to a GPU waits for all of its work
+            self._rates = torch.tensor(self.drop_rates, dtype=torch.float64, device=x.device)[:, None]
+        kept = (torch.rand(self.blocks, x.shape[0], device=x.device) >= self._rates) / (1 - self._rates)  # (n, B)
         return kept.to(x.dtype).repeat_interleave(x.shape[2] * x.shape[3], dim=1)[:, :, None]
