@@ -21,6 +21,7 @@ from deepscale.bench.gpu_report import GpuReport
 from deepscale.bench.report import GB
 from deepscale.bench.worker import BenchError
 from deepscale.errors import UsageError
+from deepscale.host_store import HostStore
 from deepscale.machine import Machine
 from deepscale.models.components import LayerStandardise
 from deepscale.models.observe import BlockObserver
@@ -136,7 +137,8 @@ def test_a_limit_is_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_checks_pass_here_with_room_to_spare() -> None:
-    checks = gpu_check.check_network(ALONE)
+    checks, broken = gpu_check.check_network(ALONE)
+    assert not broken
     assert {"gradients, float32", "gradients, bf16 branches", "gradients, recompute, against keep"} <= {check.what for check in checks}
     for check in checks:
         assert 0 <= check.error < check.tolerance / 5, check
@@ -151,8 +153,25 @@ def test_checks_see_a_wrong_kernel(part: str, monkeypatch: pytest.MonkeyPatch) -
     else:
         shown = BlockObserver.gradient
         monkeypatch.setattr(BlockObserver, "gradient", lambda self, i, g: shown(self, i, g * 1.001))
-    wrong = {check.what.split(",")[0] for check in gpu_check.check_network(ALONE) if not check.error <= check.tolerance}
+    wrong = {check.what.split(",")[0] for check in gpu_check.check_network(ALONE)[0] if not check.error <= check.tolerance}
     assert ("gradients" if part == "backward" else "record") in wrong
+
+
+def test_a_policy_that_does_not_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are checked all the same, and nothing is wrong."""
+
+    def fail(self: HostStore, x: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: no pinned memory\nmore of it")
+
+    monkeypatch.setattr(HostStore, "put", fail)
+    checks, broken = gpu_check.check_network(ALONE)
+    assert broken == ["--activations offload does not run here: CUDA error: no pinned memory"]
+    assert "gradients, recompute, against keep" in {check.what for check in checks} and not [c for c in checks if "offload" in c.what]
+
+
+def test_the_plain_network_is_timed_beside_the_stacked() -> None:
+    found = gpu_worker.run("plain", gpu_check.small("cpu", precision="bf16"), 0, 1.0)
+    assert found["plain_s"] > 0 and found["stacked_s"] > 0
 
 
 def test_the_reference_is_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +247,7 @@ def test_gaps_are_when_no_kernel_runs() -> None:
 def test_a_step_is_profiled() -> None:
     found = gpu_worker.run("profile", gpu_check.small("cpu"), 0, 1.0)
     assert found["step_s"] > 0 and found["kernels"] == 0 and found["synchronisations"] == 0
+    assert gpu_trace.profile(lambda: None, 1, CPU)["gaps"] == 1.0
 
 
 def test_passes_that_a_graph_would_replay_give_the_same_gradients() -> None:
@@ -251,7 +271,16 @@ class Answers:
     def __init__(self, **answer: Any) -> None:
         step = {"step_s": 0.5, "steps_s": [0.5], "allocated_bytes": 20e9, "reserved_bytes": 22e9}
         checks = {"checks": [("gradients", 1e-6, 1e-4)]}
-        self.answer = {"device": DEVICE, "network": checks, "engines": checks, "step": step, "profile": {}, "operators": {}, "graph": {}} | answer
+        self.answer = {
+            "device": DEVICE,
+            "network": checks,
+            "engines": checks,
+            "step": step,
+            "profile": {},
+            "operators": {},
+            "graph": {},
+            "plain": {},
+        } | answer
         self.asked: list[tuple[str, dict[str, Any], int]] = []
 
     def __call__(self, task: str, settings: Mapping[str, Any], limit: int, seconds: float) -> dict[str, Any]:

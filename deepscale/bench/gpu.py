@@ -74,7 +74,7 @@ class Bench:
         self._check("network", "the stacked network")
         if "deepspeed" in self.engines:
             self._check_deepspeed()
-        self.machine = Machine(self.device, found["free_bytes"], found["host_bytes"], True, 1)
+        self.machine = Machine(device=self.device, device_bytes=found["free_bytes"], host_bytes=found["host_bytes"], bf16=True, ranks=1)
         limits = sorted(values.limits, key=lambda limit: (limit is None, limit))
         report.cells = choose(values.depths, values.widths, limits, self.engines, self.machine, values.batch_size)
         narrow = [cell for cell in report.cells if cell.first and cell.width == min(values.widths)]
@@ -118,8 +118,10 @@ class Bench:
     def _check(self, task: str, what: str, settings: Config | None = None) -> None:
         """Raises BenchError where a check is beyond its tolerance."""
         say(f"is it right: {what}")
-        checks = [Check(*each) for each in self._task(task, settings or self.alone)["checks"]]
+        found = self._task(task, settings or self.alone)
+        checks = [Check(*each) for each in found["checks"]]
         self.report.checks += checks
+        self.report.notes += found.get("broken", [])
         self._save()
         wrong = [check for check in checks if not check.error <= check.tolerance]
         if wrong:
@@ -167,7 +169,7 @@ class Bench:
         torch_cells = [cell for cell in cells if cell.settings is not None and cell.engine == "torch"]
         middle = sorted(torch_cells, key=lambda cell: (abs(cell.depth - 1004), cell.limit is None))[:1]
         deepest = sorted(torch_cells, key=lambda cell: -cell.depth)[:1]
-        for name, chosen in (("profile", middle), ("operators", middle), ("graph", middle), ("graph deep", deepest)):
+        for name, chosen in (("profile", middle), ("operators", middle), ("graph", middle), ("graph deep", deepest), ("plain", middle)):
             task = name.split()[0]
             for cell in chosen:
                 if self._left() < FEWEST_S or (self.device != "cuda" and task == "graph"):

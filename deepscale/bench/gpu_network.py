@@ -13,15 +13,18 @@ from deepscale.config import Config
 from deepscale.models.components import LOW_PRECISION, RunningStatistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.models.initial import STD
+from deepscale.models.reference import PlainConvNeXt
 
 
-def build(settings: Config, device: torch.device) -> ConvNeXt:
-    """The planned network on the device, filled there.
+def build(settings: Config, device: torch.device, plain: bool = False) -> nn.Module:
+    """The planned network on the device, filled there; `plain` as published.
 
     Values do not matter to time, but that they are no zeros does: a multiplier that multiplies zeros draws less power.
     """
     with torch.device("meta"):
-        model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
+        model: nn.Module = PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS)
+        if not plain:
+            model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
     model.to_empty(device=device)
     fill(model, settings.model.gamma_init or 0.0)
     return policy_of(settings).apply(model)

@@ -67,6 +67,9 @@ class GpuReport(Report):
             if "graph_s" in found:
                 rows.append(Row(f"passes of {found['of']}", "ms", (1e3 * found["eager_s"],)))
                 rows.append(Row("the same as one CUDA graph", "ms", (1e3 * found["graph_s"],)))
+        found = self.traces.get("plain", {})
+        if "plain_s" in found:
+            rows.append(ratio(f"passes, plain / stacked, {found['of'].partition(', within')[0]}, kept", [found["plain_s"]], [found["stacked_s"]]))
         return rows
 
     def text(self) -> str:

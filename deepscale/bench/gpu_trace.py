@@ -86,15 +86,18 @@ def profile(step: Callable[[], object], blocks: int, device: torch.device) -> di
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
         step()
         synchronise(device)
-    return summary(kernels_of(profiler.events()), blocks, step_s) | {"synchronisations": waits}
+    found = summary(kernels_of(profiler.events()), blocks, step_s) | {"synchronisations": waits}
+    if device.type == "cuda" and not found["kernels"]:
+        return {"why": "the profiler saw no kernels; it may not be allowed to (CUPTI)", "step_s": step_s, "synchronisations": waits}
+    return found
 
 
 class Passes:
     """Forward and backward of one network on one batch: operator by operator, and as one CUDA graph."""
 
-    def __init__(self, settings: Config, place: World) -> None:
+    def __init__(self, settings: Config, place: World, plain: bool = False) -> None:
         self.settings, self.device = settings, place.device
-        self.model = build(settings, place.device)
+        self.model = build(settings, place.device, plain)
         self.images, self.labels = batch_on(int(settings.data.batch_size), place.device)
 
     def __call__(self) -> Tensor:
@@ -106,7 +109,7 @@ class Passes:
 
     def graphed(self) -> dict[str, Any]:
         """Seconds of both, and how far their gradients are apart. Of a CUDA graph the device launches the kernels itself."""
-        eager_s = _timed(self, self.device)
+        eager_s = timed(self, self.device)
         expected = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -120,9 +123,15 @@ class Passes:
             self()
         synchronise(self.device)
         capture_s = time.perf_counter() - begin
-        graph_s = _timed(graph.replay, self.device)
+        graph_s = timed(graph.replay, self.device)
         apart = worst_difference(expected, [p.grad for p in self.model.parameters() if p.grad is not None])
         return {"eager_s": eager_s, "graph_s": graph_s, "capture_s": capture_s, "gradients_apart": apart}
+
+
+def against_plain(settings: Config, place: World) -> dict[str, Any]:
+    """Seconds of forward and backward, nothing recomputed: the published network, and the stacked one."""
+    kept = settings.replace(activations="keep", segment=None)
+    return {f"{name}_s": timed(Passes(kept, place, plain), place.device) for name, plain in (("plain", True), ("stacked", False))}
 
 
 def worst_difference(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -131,7 +140,7 @@ def worst_difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return float(torch.stack(apart).max())
 
 
-def _timed(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def timed(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The fastest of a few calls, seconds, after one that does not count."""
     work()
     taken = []

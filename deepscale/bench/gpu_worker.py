@@ -4,6 +4,8 @@ A process of its own leaves nothing behind on the device, may run out of memory,
 """
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,12 +79,13 @@ def _operators(settings: Config, place: World, seconds: float) -> dict[str, Any]
 
 TASKS: dict[str, Callable[[Config, World, float], dict[str, Any]]] = {
     "device": lambda settings, place, seconds: gpu_device.describe(place),
-    "network": lambda settings, place, seconds: {"checks": gpu_check.check_network(place)},
+    "network": lambda settings, place, seconds: dict(zip(("checks", "broken"), gpu_check.check_network(place), strict=True)),
     "engines": lambda settings, place, seconds: {"checks": gpu_check.check_engines(place)},
     "operators": _operators,
     "step": step,
     "profile": _profile,
     "graph": _graph,
+    "plain": lambda settings, place, seconds: gpu_trace.against_plain(settings, place),
 }
 
 
@@ -124,3 +127,5 @@ def _need_deepspeed() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # the result is out: taking down NCCL and gigabytes of pinned memory takes time, and may still fail

@@ -88,7 +88,7 @@ class LayerStandardise(_RowStandardise):
     statistics are float32 then, which saves the launches of four conversions.
     """
 
-    KERNEL = ("cuda",)
+    KERNEL: tuple[str, ...] = ("cuda",)
     identity: tuple[Tensor, Tensor] | None = None
 
     def takes(self, y: Tensor) -> bool:
