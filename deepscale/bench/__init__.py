@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|depth|data|gradflow|gpu [--json FILE]
+    deepscale bench start|step|memory|depth|scaling|data|gradflow|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -8,7 +8,7 @@ processes, repeated. The defaults are the sizes of the goals; smaller ones make 
 
 | module | what |
 |---|---|
-| start.py, step.py, memory.py, depth.py, data.py, gradflow.py, gpu.py | the commands |
+| start.py, step.py, memory.py, depth.py, scaling.py, data.py, gradflow.py, gpu.py | the commands |
 | deep.py, kept.py, recorded.py, trial.py | programs that the commands start as fresh processes (`worker.py`) and that print JSON |
 | limit.py, bracket.py | a process within a limit of memory, and the search for the deepest that trains |
 | networks.py | the networks that are measured, and one training step of them |
@@ -25,6 +25,7 @@ BENCHES = {
     "step": "a training step: stacked against the plain network, recomputed against kept, and 10,001 layers",
     "memory": "peak memory of training 10,001 layers, and the activations that recomputation leaves",
     "depth": "how deep each activation policy trains within a limit of memory, against the plain network",
+    "scaling": "start, step time and memory from 26 to 10,001 layers, and their exponents",
     "gradflow": "what recording the gradient of every layer costs",
     "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
     "gpu": "one GPU: is it right, how long is a step, how much memory, at 26 to 10,001 layers and widths 64 to 512",

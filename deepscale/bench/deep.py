@@ -1,4 +1,4 @@
-"""A program: one network in a fresh process through DeepSpeed; start, steps and peak memory as JSON.
+"""A program: one network in a fresh process, through DeepSpeed or plain torch; start, steps and peak memory as JSON.
 
 CPU seconds are of all threads of the process. The start is that of AdamW and deepspeed.initialize, the network being built
 before. Both import modules of their own at their first call, which take longer than a small network's start: they are imported
@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from torch import nn
+
 from deepscale import config, errors, memory, ops, tracking, world
 from deepscale.bench import networks
 from deepscale.bench.options import settings_of, whole
-from deepscale.engine import DeepSpeedEngine, hush
+from deepscale.engine import Engine, build_engine, hush
 from deepscale.plan import FAST_SEGMENT
 
 # What AdamW's constructor and deepspeed.initialize import: torch's compiler, which both merely decorate functions with.
@@ -38,13 +40,14 @@ def run_program(
     """A measuring program of one network: its sizes and `numbers` (name -> default) as options, and its result in the last line."""
     command = config.parser(prog, "Measure one network in this process.")
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
+    command.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
     for name, default in {"segment": FAST_SEGMENT, "zero": 0, **numbers}.items():
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)
-    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads"))
+    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads", "engine"))
     try:
         result = measure(values, settings, _joined(settings))
     finally:
@@ -68,15 +71,17 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
     base = memory.reset_peak(place.device)
     late, _ = timed(_import_late)
     imported = memory.resident_bytes()
-    model = networks.build(settings, plain=values.network == "plain")
-    engines: list[DeepSpeedEngine] = []
-    start, _ = timed(lambda: engines.append(DeepSpeedEngine(model, settings, place)))
+    models: list[nn.Module] = []
+    built, _ = timed(lambda: models.append(networks.build(settings, plain=values.network == "plain")))
+    engines: list[Engine] = []
+    start, _ = timed(lambda: engines.append(build_engine(models[0], settings, place)))
     training = networks.Training(engines[0], place, networks.random_batch(values.batch_size, channels_last=values.network == "stacked"))
     for _ in range(values.warm_up):
         training.step()
     steps = [timed(training.step) for _ in range(values.steps)]
     return {
-        "tensors": len(list(model.parameters())),
+        "tensors": len(list(models[0].parameters())),
+        "build_cpu_s": built,
         "start_cpu_s": start,
         "late_cpu_s": late,
         "step_cpu_s": [cpu for cpu, _ in steps],

@@ -53,7 +53,7 @@ class Options:
         """The values, and the report to fill. Raises UsageError for bad input, before anything is measured."""
         values = self.parser.parse_args(arguments)
         check_writable(values.json)
-        sizes = {name: value for name, value in vars(values).items() if name not in ("json", "time_limit") and value is not None}
+        sizes = {name: value for name, value in vars(values).items() if name not in ("json", "out", "time_limit") and value is not None}
         asked = {name: self.parser.get_default(name) for name in sizes if name not in UNSIZED}
         asked = {name: value for name, value in asked.items() if value is not None}
         return values, Report(self.bench, arguments, sizes, asked, hardware())
