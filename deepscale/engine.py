@@ -152,7 +152,8 @@ class DeepSpeedEngine:
 
         self.settings = engine_config.resolve(config, world.size, cpu_adam)
         engine_config.refuse_unknown(self.settings, engine_config.path_of(config))
-        offloaded = "offload_optimizer" in self.settings["zero_optimization"]
+        zero = self.settings["zero_optimization"]
+        self.cut_up, offloaded = zero.get("stage") == 3, "offload_optimizer" in zero
         self.optimizer = build_optimizer(module, config.recipe, cpu_adam and offloaded)
         with quiet(config.engine.verbose):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.settings)
@@ -164,6 +165,9 @@ class DeepSpeedEngine:
 
     def forward(self, images: Tensor, last: bool = True) -> Tensor:
         logits: Tensor = self.engine(images)
+        if self.cut_up and not torch.is_grad_enabled():
+            # ZeRO-3 has gathered ahead for a backward pass that does not come, and would forget that these parameters are there.
+            self.engine.optimizer.empty_partition_cache()
         return logits
 
     def backward(self, loss: Tensor, last: bool) -> None:

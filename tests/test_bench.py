@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, start, step, worker
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, start, step, worker, zero3
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -258,6 +258,67 @@ def test_data_without_a_package_names_it(package: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match="deepscale bench data needs the package"):
         main(["data", "--images", "60", "--batch-size", "20"])
+
+
+def test_zero3_puts_what_is_gathered_beside_the_largest_stack(
+    bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From given counts: DeepSpeed's own sizes gather all of eight stacks' worth, ours two and a half."""
+    asked: list[Mapping[str, Any]] = []
+
+    def run(module: str, options: Mapping[str, Any], *, ranks: int, threads: int, limit_s: float) -> dict[str, Any]:
+        asked.append(options)
+        gathered = {"auto": 250, "none": 100, "deepspeed": 800}[options["ahead"]]
+        counts = {"stacks": 10, "total": 800, "largest": 100, "gathered": gathered, "together": 4, "alive": gathered - 20}
+        losses = {"losses": [2.0, 1.002], "plain_losses": [2.0, 1.0]}
+        return {**counts, **losses, "step_s": [9.0, 1.0, 2.0], "base_bytes": 10**9, "peak_bytes": 3 * 10**9}
+
+    monkeypatch.setattr(zero3, "run_ranks", run)
+    rows = bench("zero3", "--part", "gathered", "--gathered-depth", "110")
+    assert [(options["depth"], options["activations"], options["ahead"]) for options in asked] == [(110, *case) for case in zero3.CASES]
+    ours = rows["gathered at once on 2 ranks, 110 layers: keep, as ds_configs/"]
+    assert (ours["median"], ours["reached"]) == (2.5, True)
+    assert rows["alive of gathered memory: keep, as ds_configs/"]["median"] == 2.3
+    assert rows["gathered at once on 2 ranks, 110 layers: recompute, DeepSpeed's own sizes"]["median"] == 8
+    assert rows["a step: recompute, nothing ahead"]["median"] == 1.5
+    assert rows["peak over the start: recompute, nothing ahead"]["median"] == 2
+    assert "largest relative difference from plain torch on one: 2.0e-03" in capsys.readouterr().out
+
+
+def test_zero3_starts_every_stage(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(module: str, options: Mapping[str, Any], *, threads: int, limit_s: float) -> dict[str, Any]:
+        offloaded = options.get("offload") == "cpu"
+        taken = {"start_cpu_s": 31.0 if offloaded else 2.0, "late_cpu_s": 1.5, "step_cpu_s": [5.0, 6.0], "blocks_cpu_s": [4.5, 5.25]}
+        return {**taken, "losses": [2.0, 1.1 if offloaded else 1.0], "base_bytes": 0, "peak_bytes": 2 * 10**9}
+
+    monkeypatch.setattr(zero3, "run_worker", run)
+    rows = bench("zero3", "--part", "start", "--depth", "1004", "--rounds", "2")
+    assert (rows["start, 1,004 layers, ZeRO 3"]["median"], rows["start, 1,004 layers, ZeRO 3"]["reached"]) == (3.5, True)
+    assert rows["start, 1,004 layers, ZeRO 3, all offloaded"]["reached"] is False
+    assert rows["step, 1,004 layers, plain torch"]["n"] == 4
+    assert rows["of it beside the blocks' passes, ZeRO 1"]["values"] == [0.5, 0.75] * 2
+    assert "largest relative difference from plain torch: 1.0e-01" in capsys.readouterr().out
+
+
+RANKS_PROGRAM = """
+import json, os, sys, time
+if os.environ["RANK"] == sys.argv[2]:
+    raise RuntimeError("rank " + os.environ["RANK"] + " cannot go on")
+if sys.argv[2] != "-1":
+    time.sleep(60)  # as a rank that waits for the other one
+print(json.dumps({name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}))
+"""
+
+
+def test_ranks_are_one_world_and_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "bench_ranks.py").write_text(RANKS_PROGRAM)
+    result = worker.run_ranks("bench_ranks", {"fails": -1}, ranks=2, threads=1, limit_s=30)
+    assert result == {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(worker.BenchError, match=r"rank 1 of python -m bench_ranks --fails 1 ended with exit code 1(.|\n)*rank 1 cannot go on"):
+        worker.run_ranks("bench_ranks", {"fails": 1}, ranks=2, threads=1, limit_s=30)
+    with pytest.raises(worker.BenchError, match="did not end within 1 s; type a longer --time-limit"):
+        worker.run_ranks("bench_ranks", {"fails": 7}, ranks=2, threads=1, limit_s=1)
 
 
 # ---------------------------------------------------------------------------------------------------- counted activations

@@ -19,6 +19,7 @@ from deepscale import config, errors, memory, ops, tracking, world
 from deepscale.bench import networks
 from deepscale.bench.options import settings_of, whole
 from deepscale.engine import Engine, build_engine, hush
+from deepscale.models import stack
 from deepscale.plan import FAST_SEGMENT
 
 # What AdamW's constructor and deepspeed.initialize import: torch's compiler, which both merely decorate functions with.
@@ -41,13 +42,14 @@ def run_program(
     command = config.parser(prog, "Measure one network in this process.")
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     command.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
+    command.add_argument("--offload", choices=("none", "cpu"), default="none")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
     for name, default in {"segment": FAST_SEGMENT, "zero": 0, **numbers}.items():
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)
-    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "zero", "threads", "engine"))
+    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "engine", "zero", "offload", "threads"))
     try:
         result = measure(values, settings, _joined(settings))
     finally:
@@ -78,7 +80,12 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
     training = networks.Training(engines[0], place, networks.random_batch(values.batch_size, channels_last=values.network == "stacked"))
     for _ in range(values.warm_up):
         training.step()
-    steps = [timed(training.step) for _ in range(values.steps)]
+    blocks = BlocksTime()
+    steps, in_blocks = [], []
+    for _ in range(values.steps):
+        blocks.cpu_s = 0.0
+        steps.append(timed(training.step))
+        in_blocks.append(blocks.cpu_s)
     return {
         "tensors": len(list(models[0].parameters())),
         "build_cpu_s": built,
@@ -86,11 +93,30 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
         "late_cpu_s": late,
         "step_cpu_s": [cpu for cpu, _ in steps],
         "step_wall_s": [wall for _, wall in steps],
+        "blocks_cpu_s": in_blocks,
         "losses": training.losses,
         "base_bytes": base,
         "imported_bytes": imported,
         "peak_bytes": memory.peak_bytes(place.device),
     }
+
+
+class BlocksTime:
+    """CPU seconds that all stacks' forward and backward passes take from now on; what a step takes beside them is the engine's."""
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+        for name in ("forward", "backward"):
+            setattr(stack._StackFunction, name, staticmethod(self._counted(getattr(stack._StackFunction, name))))
+
+    def _counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            begin = time.process_time()
+            result = work(*arguments)
+            self.cpu_s += time.process_time() - begin
+            return result
+
+        return counted
 
 
 def _import_late() -> None:

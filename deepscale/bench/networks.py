@@ -23,7 +23,15 @@ SEED = 0
 
 
 def configuration(
-    *, depth: int, width: int, batch_size: int, segment: int = FAST_SEGMENT, engine: str = "deepspeed", zero: int = 0, threads: int = 1
+    *,
+    depth: int,
+    width: int,
+    batch_size: int,
+    segment: int = FAST_SEGMENT,
+    engine: str = "deepspeed",
+    zero: int = 0,
+    offload: str = "none",
+    threads: int = 1,
 ) -> Config:
     """A configuration in which nothing is left to the planner: the published recipe in float32 on the CPU, at full resolution.
 
@@ -39,7 +47,7 @@ def configuration(
         stack_size=default_stack_size(blocks_for_depth(depth)),
         engine=engine,
         zero=zero,
-        offload="none",
+        offload=offload,
         precision="fp32",
         device="cpu",
         threads=threads,

@@ -6,11 +6,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from deepscale.errors import DeepscaleError, UsageError
+from deepscale.world import free_port
 
 TAIL_LINES = 15
 # What a launcher or a job may have set: a measuring process is alone in its world.
@@ -35,6 +39,42 @@ def run_worker(module: str, options: Mapping[str, object], *, threads: int, limi
         output = "".join(part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (expired.stdout, expired.stderr))
         raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{_tail(output)}") from None
     return result_of(shown, done)
+
+
+def run_ranks(module: str, options: Mapping[str, object], *, ranks: int, threads: int, limit_s: float) -> dict[str, Any]:
+    """The same with several processes that are the ranks of one world; the result is rank 0's.
+
+    The first rank that fails ends the others, which would wait for it.
+    """
+    command, environment, shown = start_of(module, options, threads, "cpu")
+    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(2 * ranks)]
+        processes = [
+            subprocess.Popen(
+                command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
+                stdin=subprocess.DEVNULL, stdout=outputs[2 * r], stderr=outputs[2 * r + 1],
+            )
+            for r in range(ranks)
+        ]  # fmt: skip
+        begin = time.monotonic()
+        try:
+            while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+                if time.monotonic() - begin > limit_s:
+                    raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes")
+                time.sleep(0.05)
+            failed = next((r for r, process in enumerate(processes) if process.poll()), None)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        texts = []
+        for output in outputs:
+            output.seek(0)
+            texts.append(output.read())
+    chosen = failed or 0
+    done = subprocess.CompletedProcess(command, processes[chosen].returncode, texts[2 * chosen], texts[2 * chosen + 1])
+    return result_of(shown if failed is None else f"rank {failed} of {shown}", done)
 
 
 def start_of(module: str, options: Mapping[str, object], threads: int, accelerator: str) -> tuple[list[str], dict[str, str], str]:
