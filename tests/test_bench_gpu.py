@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_imports import PROGRAM
 
+from deepscale import engine_config
 from deepscale.bench import gpu, gpu_check, gpu_device, gpu_network, gpu_trace, gpu_worker, main, networks
 from deepscale.bench.gpu_cells import MEASURED, OUT_OF_MEMORY, SKIPPED, UNFIT, Cell, choose, planned, settings_from, settings_json
 from deepscale.bench.gpu_report import GpuReport
@@ -316,7 +317,9 @@ def test_the_file_and_the_table_hold_every_cell(bench: Callable[..., gpu.Bench],
     record = written(run)
     tasks = [task for task, _, _ in answers.asked]
     assert tasks[:4] == ["device", "network", "engines", "step"]
-    assert {"profile", "operators", "graph"} <= set(tasks)
+    assert {"profile", "operators", "graph", "plain"} <= set(tasks)
+    assert ["deepspeed_config" in settings for task, settings, _ in answers.asked if task == "step"].count(True) == 1
+    assert record["traces"]["pinned"]["of"] == "10,001 layers, width 64, within 24 GB, " + record["cells"][0]["how"]
     assert answers.asked[3][2] == LIMITS[0] and answers.asked[3][1]["depth"] == 10_001
     shown = {(cell["layers"], cell["width"]) for cell in record["cells"]}
     assert shown == {(depth, width) for depth in gpu.DEPTHS for width in gpu.WIDTHS}
@@ -444,6 +447,13 @@ def test_the_whole_bench_runs_here(bench: Callable[..., gpu.Bench]) -> None:
     engines = [check for check in record["checks"] if "ZeRO 2" in check["what"]]
     assert len(engines) == 8 and sum("offloaded" in check["what"] for check in engines) == 4
     assert all(0 <= check["error"] < check["tolerance"] / 5 for check in engines)
+
+
+def test_the_pinned_file_is_one_that_deepspeed_takes(tmp_path: Path) -> None:
+    settings = gpu_check.small("cpu", engine="deepspeed", zero=2, offload="cpu", deepspeed_config=str(gpu.pinned_file(tmp_path)))
+    resolved = engine_config.resolve(settings, 1, cpu_adam=False)
+    engine_config.refuse_unknown(resolved, engine_config.path_of(settings))
+    assert resolved["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
 def test_planning_does_not_change_what_was_asked() -> None:

@@ -7,28 +7,32 @@ table beside it are written after every measurement.
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepscale.bench.gpu_cells import FAILED, MEASURED, OPEN, OUT_OF_MEMORY, SKIPPED, UNFIT, Cell, choose, planned, settings_json
+from deepscale.bench.gpu_cells import FAILED, MEASURED, OPEN, OUT_OF_MEMORY, SKIPPED, Cell, choose, planned, settings_json
 from deepscale.bench.gpu_check import Check, small
 from deepscale.bench.gpu_report import GpuReport
 from deepscale.bench.options import Options, say, whole
 from deepscale.bench.worker import BenchError, run_worker
 from deepscale.config import Config, parse_bytes, parse_depth, parse_duration
+from deepscale.engine_config import read
 from deepscale.errors import DeepscaleError, UsageError
 from deepscale.machine import Machine
+from deepscale.paths import ds_config_path
 
 DEPTHS, WIDTHS = (26, 1004, 10_001), (64, 128, 256, 512)
 LIMIT = 24 * 10**9  # the original study's card; 24e9 bytes are what 24 GiB leave beside CUDA's own context
 TIME = 480.0
 ROW_S = 120.0  # of one measurement, at most
 FEWEST_S = 15.0  # a process needs as long to start, build a network and step it
+MIDDLE = 1004  # layers of the network whose steps are looked into: deep enough, and soon done
 MEASURED_S = 8.0  # of steps in a row
 
 Measure = Callable[[str, Mapping[str, Any], int, float], dict[str, Any]]
@@ -77,12 +81,13 @@ class Bench:
         self.machine = Machine(device=self.device, device_bytes=found["free_bytes"], host_bytes=found["host_bytes"], bf16=True, ranks=1)
         limits = sorted(values.limits, key=lambda limit: (limit is None, limit))
         report.cells = choose(values.depths, values.widths, limits, self.engines, self.machine, values.batch_size)
-        narrow = [cell for cell in report.cells if cell.first and cell.width == min(values.widths)]
-        for cell in narrow:
-            self._cell(cell)
-        self._traces(narrow)
-        for cell in [cell for cell in report.cells if cell.outcome == OPEN]:
-            self._cell(cell)
+        first = [cell for cell in report.cells if cell.first]
+        self._cells([cell for cell in first if cell.width == min(values.widths)])
+        self._traces(first, ("profile", "operators", "graph"))
+        self._cells(first)
+        self._traces(first, ("graph deep", "plain"))
+        self._pinned(first)
+        self._cells(list(report.cells))
         self._save()
         print(report.text(), flush=True)
 
@@ -138,10 +143,14 @@ class Bench:
             self.engines = ["torch"]
             self.report.notes.append(f"DeepSpeed's rows are left out: {error}")
 
+    def _cells(self, cells: Iterable[Cell]) -> None:
+        """Measures those that are not yet."""
+        for cell in cells:
+            if cell.outcome == OPEN:
+                self._cell(cell)
+
     def _cell(self, cell: Cell) -> None:
         """Measures a cell that fits by plan."""
-        if cell.outcome == UNFIT:
-            return
         assert cell.settings is not None
         if self._left() < FEWEST_S:
             cell.outcome, cell.why = SKIPPED, "the time was over"
@@ -164,20 +173,41 @@ class Bench:
             self.report.cells.insert(self.report.cells.index(cell) + 1, other)
             self._cell(other)
 
-    def _traces(self, cells: list[Cell]) -> None:
-        """Where the time of a step goes: the profile of the deepest network that is not too large for one, operators, a CUDA graph."""
-        torch_cells = [cell for cell in cells if cell.settings is not None and cell.engine == "torch"]
-        middle = sorted(torch_cells, key=lambda cell: (abs(cell.depth - 1004), cell.limit is None))[:1]
-        deepest = sorted(torch_cells, key=lambda cell: -cell.depth)[:1]
-        for name, chosen in (("profile", middle), ("operators", middle), ("graph", middle), ("graph deep", deepest), ("plain", middle)):
-            task = name.split()[0]
-            for cell in chosen:
-                if self._left() < FEWEST_S or (self.device != "cuda" and task == "graph"):
-                    self.report.traces[name] = {"why": "the time was over" if self.device == "cuda" else "CUDA only"}
-                    continue
-                say(f"{name}: {cell.name()}")
-                try:
-                    assert cell.settings is not None
-                    self.report.traces[name] = {"of": cell.name()} | self._task(task, cell.settings)
-                except DeepscaleError as error:
-                    self.report.traces[name] = {"of": cell.name(), "why": str(error)}
+    def _traces(self, cells: list[Cell], names: Sequence[str]) -> None:
+        """Where the time of a step in plain torch goes; `deep`: of the deepest network, not of the middle one."""
+        own = [cell for cell in cells if cell.settings is not None and cell.engine == "torch"]
+        middle = sorted(own, key=lambda cell: (abs(cell.depth - MIDDLE), cell.width, cell.limit is None))[:1]
+        deepest = sorted(own, key=lambda cell: (-cell.depth, cell.width))[:1]
+        for name in names:
+            for cell in deepest if name.endswith("deep") else middle:
+                self._trace(name, name.split()[0], cell)
+
+    def _pinned(self, cells: list[Cell]) -> None:
+        """The first offloaded step once more, with page-locked memory on the host."""
+        for cell in cells:
+            if cell.outcome == MEASURED and cell.settings is not None and cell.settings.engine.offload == "cpu" and cell.settings.engine.zero == 2:
+                with tempfile.TemporaryDirectory() as folder:
+                    self._trace("pinned", "step", cell, cell.settings.replace(deepspeed_config=str(pinned_file(Path(folder)))))
+                return
+
+    def _trace(self, name: str, task: str, cell: Cell, settings: Config | None = None) -> None:
+        """One of them, of a cell's network; one that fails ends no other."""
+        assert cell.settings is not None
+        if self._left() < FEWEST_S or (self.device != "cuda" and task == "graph"):
+            self.report.traces[name] = {"why": "the time was over" if self.device == "cuda" else "CUDA only"}
+            return
+        say(f"{name}: {cell.name()}")
+        limit = cell.limit or 0 if task == "step" else 0
+        try:
+            self.report.traces[name] = {"of": cell.name()} | self._task(task, settings or cell.settings, limit)
+        except DeepscaleError as error:
+            self.report.traces[name] = {"of": cell.name(), "why": str(error)}
+
+
+def pinned_file(folder: Path) -> Path:
+    """ZeRO 2's file, with page-locked memory on the host, which the GPU reads and writes without the host's help."""
+    settings = read(ds_config_path("zero2_offload"))
+    settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = True
+    path = folder / "zero2_pinned.json"
+    path.write_text(json.dumps(settings))
+    return path

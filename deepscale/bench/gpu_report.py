@@ -67,9 +67,12 @@ class GpuReport(Report):
             if "graph_s" in found:
                 rows.append(Row(f"passes of {found['of']}", "ms", (1e3 * found["eager_s"],)))
                 rows.append(Row("the same as one CUDA graph", "ms", (1e3 * found["graph_s"],)))
-        found = self.traces.get("plain", {})
-        if "plain_s" in found:
-            rows.append(ratio(f"passes, plain / stacked, {found['of'].partition(', within')[0]}, kept", [found["plain_s"]], [found["stacked_s"]]))
+        plain, pinned = self.traces.get("plain", {}), self.traces.get("pinned", {})
+        if "plain_s" in plain:
+            network = ", ".join(plain["of"].split(", ")[:2])
+            rows.append(ratio(f"passes of {network}, nothing recomputed, plain / stacked", [plain["plain_s"]], [plain["stacked_s"]]))
+        if "step_s" in pinned:
+            rows.append(Row(f"step with pinned host memory, {pinned['of']}", "ms", (1e3 * pinned["step_s"],)))
         return rows
 
     def text(self) -> str:
