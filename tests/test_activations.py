@@ -8,10 +8,16 @@ import torch
 from test_stack import C, images, stack_of
 from torch import Tensor, nn
 
-from deepscale.activations import POLICIES, KeepAll, OffloadInputs, Policy, Recompute, Selective, policy_of
+from deepscale.activations import POLICIES, ROW_MEANS, Block, KeepAll, OffloadInputs, Policy, Recompute, Selective, policy_of
+from deepscale.bench.flops import counted_flops
+from deepscale.bench.kept import Alive
 from deepscale.config import ACTIVATION_NAMES, ACTIVATION_POLICIES, IN_SEGMENTS, NORM_NAMES, SKIP_NAMES, Config
+from deepscale.engine import TorchEngine
+from deepscale.loop import train_step
+from deepscale.models.convnext import ConvNeXt
 from deepscale.models.observe import BlockObserver
-from deepscale.models.stack import BlockStack
+from deepscale.models.stack import BlockStack, _Work
+from deepscale.world import World
 
 OTHERS: list[Policy] = [Selective(), Recompute(1), Recompute(2), Recompute(9), OffloadInputs(1), OffloadInputs(2)]
 BLOCKS = 5
@@ -76,3 +82,144 @@ def test_every_policy_computes_the_same_bits(activation: str, norm: str, skip: s
         for policy in OTHERS:
             for ours, kept in zip(passes(policy, dtype, **spec), expected, strict=True):
                 assert torch.equal(ours, kept), policy
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", NORM_NAMES)
+def test_every_policy_computes_the_same_bits_in_low_precision(low: torch.dtype, norm: str) -> None:
+    """Under autocast: what is recomputed is recomputed in the branch's precision, from a stream kept in float32."""
+    expected = passes(KeepAll(), torch.float32, low, norm=norm)
+    for policy in OTHERS:
+        for ours, kept in zip(passes(policy, torch.float32, low, norm=norm), expected, strict=True):
+            assert torch.equal(ours, kept), policy
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_an_observer_sees_the_same_under_every_policy(low: torch.dtype | None) -> None:
+    """All statistics of all blocks, and the values of an observed pass against those of one that nobody watches."""
+    expected = passes(KeepAll(), torch.float32, low, observed=True, activation="relu")
+    for policy in OTHERS:
+        found = passes(policy, torch.float32, low, observed=True, activation="relu")
+        for ours, kept in zip(found, expected, strict=True):
+            assert torch.equal(ours, kept), policy
+        for ours, unseen in zip(found, passes(policy, torch.float32, low, activation="relu"), strict=False):
+            assert torch.equal(ours, unseen), policy
+
+
+SMALL = {"patch_size": 4, "width": 4, "batch_size": 8, "depth": 26, "zero": 0, "offload": "none", "lr": 1e-2, "engine": "torch"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("accumulation", "norm"), [(1, "batchnorm"), (2, "batchnorm"), (2, "layernorm")])
+def test_policies_train_alike(precision: str, accumulation: int, norm: str) -> None:
+    """Three steps of the whole network with stochastic depth, an evaluation and an abandoned pass between: weights and statistics bit for bit."""
+    settings = Config().replace(**SMALL, precision=precision, accumulation=accumulation, norm=norm, drop_path=0.3, layerscale_init=0.5)
+    place = World(0, 1, 0, 1, torch.device("cpu"))
+    trained = []
+    for policy in (KeepAll(), Selective(), Recompute(2), OffloadInputs(2)):
+        model = policy.apply(ConvNeXt(settings.model, stack_size=3)).initialise(0)
+        engine = TorchEngine(model, settings, place)
+        torch.manual_seed(0)
+        losses: list[Tensor] = []
+        batch = images(8 // accumulation, 3, 32, 32, dtype=torch.float32), torch.arange(8 // accumulation)
+        for _ in range(3):
+            train_step(engine, itertools.repeat(batch), accumulation, place, lambda totals, seen=losses: seen.append(totals.clone()))
+            with torch.random.fork_rng(), torch.no_grad():
+                engine.forward(batch[0])
+        trained.append([*losses, *model.state_dict().values()])
+    for found in trained[1:]:
+        for ours, kept in zip(found, trained[0], strict=True):
+            assert torch.equal(ours, kept)
+
+
+@pytest.mark.parametrize("policy", [KeepAll(), Selective(), Recompute(2), OffloadInputs(2)], ids=lambda policy: policy.name)
+def test_a_second_backward_is_an_error_under_every_policy(policy: Policy) -> None:
+    stack = policy.apply(stack_of(3))
+    loss = stack(images(2, C, 5, 5)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward .* run the forward pass again"):
+        loss.backward()
+
+
+# -------------------------------------------------------------------------------------------------------------------- bytes
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"norm": "rmsnorm", "kernel_size": 5},
+    {"norm": "batchnorm", "gamma": "channel", "skip": "none"},
+    {"norm": "none", "activation": "relu"},
+]
+BATCH, HIGH, WIDE = 3, 6, 5
+
+
+def block_of(stack: BlockStack, rates: bool, low: bool) -> Block:
+    return Block(stack.spec, BATCH * HIGH * WIDE, 4, 2 if low else 4, rates)
+
+
+def alive_after_forward(policy: Policy, low: bool, rates: bool, **spec: Any) -> tuple[int, Policy, Block]:
+    """Bytes that a stack's forward pass leaves, but for its output."""
+    stack = policy.apply(stack_of(BLOCKS, rates=RATES if rates else None, dtype=torch.float32, **spec))
+    x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    with Alive([*stack.parameters(), *stack.buffers(), x]) as alive, torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+        out = stack(x)
+        kept = alive.bytes - out.nbytes
+        out.sum().backward()
+    return kept, policy, block_of(stack, rates, low)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("rates", [False, True])
+@pytest.mark.parametrize("spec", SHAPES, ids=lambda spec: spec.get("norm", "layernorm"))
+def test_what_is_kept_is_the_formula_to_the_byte(spec: dict[str, Any], rates: bool, low: bool) -> None:
+    """Counted by the tensors that are alive after a forward pass. The stack's own input is the caller's, and counted where it is copied."""
+    for policy in (KeepAll(), *OTHERS):
+        kept, _, block = alive_after_forward(policy, low, rates, **spec)
+        own = 0 if isinstance(policy, OffloadInputs) else block.input
+        assert kept == policy.kept(block, BLOCKS) + policy.host(block, BLOCKS) - own, policy
+
+
+def alive_in_backward(policy: Policy, low: bool, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> tuple[int, Block]:
+    """Bytes alive when the backward of the last of 6 blocks begins: all that is kept, and all that its segment has made anew."""
+    stack, begin, seen = policy.apply(stack_of(6, dtype=torch.float32, **spec)), _Work.backward, []
+
+    def backward(work: _Work, *given: Any) -> Tensor:
+        seen.append(alive.bytes)
+        return begin(work, *given)
+
+    with monkeypatch.context() as patch, Alive([*stack.parameters(), *stack.buffers()]) as alive:
+        patch.setattr(_Work, "backward", backward)
+        x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            out = stack(x)
+        del x
+        out.sum().backward()
+    return seen[0], block_of(stack, False, low)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("norm", NORM_NAMES)
+def test_what_backward_makes_anew_is_the_formula_to_the_byte(norm: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More or less than keeping all takes at that point, where gradients and folded weights are the same."""
+    base, block = alive_in_backward(KeepAll(), low, monkeypatch, norm=norm)
+    base -= KeepAll().kept(block, 6)
+    for policy in (Selective(), *map(Recompute, (1, 2, 3, 6)), *map(OffloadInputs, (1, 2, 3, 6))):
+        found, _ = alive_in_backward(policy, low, monkeypatch, norm=norm)
+        expected = policy.kept(block, 6) + policy.host(block, 6) + policy.working(block, 6)
+        if isinstance(policy, Recompute) and norm in ROW_MEANS:
+            expected += 4 * C  # the vector that row means are products with, once a stack
+        if policy == OffloadInputs(6):
+            expected -= block.input  # nothing is left to be fetched ahead
+        assert found - base == expected, policy
+
+
+# -------------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("spec", SHAPES, ids=lambda spec: spec.get("norm", "layernorm"))
+def test_flops_are_the_formula_exactly(spec: dict[str, Any]) -> None:
+    """Counted by torch, operator by operator, forward and backward."""
+    for policy in (KeepAll(), *OTHERS):
+        stack = policy.apply(stack_of(BLOCKS, dtype=torch.float32, **spec))
+        x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).requires_grad_()
+        counted = counted_flops(lambda stack=stack, x=x: stack(x).sum().backward())
+        assert counted == policy.flops(block_of(stack, False, False), BLOCKS), policy
