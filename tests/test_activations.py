@@ -160,6 +160,8 @@ def alive_after_forward(policy: Policy, low: bool, rates: bool, **spec: Any) -> 
     """Bytes that a stack's forward pass leaves, but for its output."""
     stack = policy.apply(stack_of(BLOCKS, rates=RATES if rates else None, dtype=torch.float32, **spec))
     x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        stack(x)  # what a stack makes once and for all, as its drop rates on the device, is there
     with Alive([*stack.parameters(), *stack.buffers(), x]) as alive, torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
         out = stack(x)
         kept = alive.bytes - out.nbytes

@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|depth|scaling|data|gradflow|zero3|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|depth|scaling|data|gradflow|zero3|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -8,11 +8,12 @@ processes, repeated. The defaults are the sizes of the goals; smaller ones make 
 
 | module | what |
 |---|---|
-| start.py, step.py, memory.py, depth.py, scaling.py, data.py, gradflow.py, zero3.py, gpu.py | the commands |
+| start.py, step.py, memory.py, activations.py, depth.py, scaling.py, data.py, gradflow.py, zero3.py, gpu.py | the commands |
 | deep.py, kept.py, recorded.py, trial.py, gathered.py | programs that the commands start as fresh processes (`worker.py`) and that print JSON |
 | limit.py, bracket.py | a process within a limit of memory, and the search for the deepest that trains |
 | networks.py | the networks that are measured, and one training step of them |
 | gpu_worker.py and gpu_*.py | the program of the GPU bench: checks, steps, profile; what it measures (gpu_cells.py) |
+| flops.py | floating point operations, counted |
 | report.py | goals, rows, the table, the JSON file |
 """
 
@@ -24,6 +25,7 @@ BENCHES = {
     "start": "CPU seconds of deepspeed.initialize, at 10,001 and at 26 layers",
     "step": "a training step: stacked against the plain network, recomputed against kept, and 10,001 layers",
     "memory": "peak memory of training 10,001 layers, and the activations that recomputation leaves",
+    "activations": "every activation policy: time of a step, FLOPs, bytes kept, loss and gradients against keeping all",
     "depth": "how deep each activation policy trains within a limit of memory, against the plain network",
     "scaling": "start, step time and memory from 26 to 10,001 layers, and their exponents",
     "gradflow": "what recording the gradient of every layer costs",
@@ -36,7 +38,7 @@ BENCHES = {
 def main(arguments: list[str]) -> None:
     """Runs the bench that the first argument names. Raises UsageError for bad input."""
     usage = "\n".join(["usage: deepscale bench NAME [--json FILE] [sizes: see deepscale bench NAME --help]", ""])
-    usage += "\n".join(f"  {name:<10}{text}" for name, text in BENCHES.items())
+    usage += "\n".join(f"  {name:<12}{text}" for name, text in BENCHES.items())
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage)
         return
