@@ -81,6 +81,7 @@ class Bench:
         self.machine = Machine(device=self.device, device_bytes=found["free_bytes"], host_bytes=found["host_bytes"], bf16=True, ranks=1)
         limits = sorted(values.limits, key=lambda limit: (limit is None, limit))
         report.cells = choose(values.depths, values.widths, limits, self.engines, self.machine, values.batch_size)
+        self._save()
         first = [cell for cell in report.cells if cell.first]
         self._cells([cell for cell in first if cell.width == min(values.widths)])
         self._traces(first, ("profile", "operators", "graph"))
@@ -102,11 +103,7 @@ class Bench:
         return run_worker("deepscale.bench.gpu_worker", options, threads=threads, limit_s=max(1.0, self._left()), accelerator=self.device)
 
     def _task(self, task: str, settings: Config, limit: int = 0) -> dict[str, Any]:
-        """A measurement, whose end is written to the file whatever happens."""
-        try:
-            return self.measure(task, settings_json(settings), limit, MEASURED_S)
-        finally:
-            self._save()
+        return self.measure(task, settings_json(settings), limit, MEASURED_S)
 
     def _save(self) -> None:
         self.report.seconds = self.values.time_limit - (self.end - time.monotonic())
@@ -148,6 +145,7 @@ class Bench:
         for cell in cells:
             if cell.outcome == OPEN:
                 self._cell(cell)
+                self._save()
 
     def _cell(self, cell: Cell) -> None:
         """Measures a cell that fits by plan."""
@@ -171,6 +169,7 @@ class Bench:
         other = planned(Cell(cell.depth, cell.width, cell.limit, cell.engine, cell.first), self.machine, self.values.batch_size, stages=(3,))
         if other.settings is not None:
             self.report.cells.insert(self.report.cells.index(cell) + 1, other)
+            self._save()
             self._cell(other)
 
     def _traces(self, cells: list[Cell], names: Sequence[str]) -> None:
@@ -202,6 +201,7 @@ class Bench:
             self.report.traces[name] = {"of": cell.name()} | self._task(task, settings or cell.settings, limit)
         except DeepscaleError as error:
             self.report.traces[name] = {"of": cell.name(), "why": str(error)}
+        self._save()
 
 
 def pinned_file(folder: Path) -> Path:
