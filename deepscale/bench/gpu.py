@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     options.several("depths", DEPTHS, parse_depth, "layers")
     options.several("widths", WIDTHS, whole(), "channels of stage 1")
     options.size("batch-size", 64, "images per step")
-    options.several("limits", (LIMIT, None), _limit, "device memory, for example 24GB, or none")
+    options.several("limits", (LIMIT, None), _limit, "device memory, for example 24GB, or none", shown="24GB none")
     text = f"of everything; what is not reached is listed as skipped (default: {TIME / 60:.0f}m)"
     options.parser.add_argument("--time-limit", type=parse_duration, default=TIME, metavar="T", help=f"longest time {text}")
     options.parser.set_defaults(json=Path("bench-gpu.json"))

@@ -35,9 +35,9 @@ class Options:
         """Adds --name, a whole number."""
         self.parser.add_argument(f"--{name}", type=whole(low), default=default, metavar="N", help=f"{text} (default: {default})")
 
-    def several(self, name: str, default: Sequence[Any], parse: Callable[[str], Any], text: str) -> None:
-        """Adds --name, one or more values."""
-        shown = " ".join(str(value).lower() for value in default)
+    def several(self, name: str, default: Sequence[Any], parse: Callable[[str], Any], text: str, shown: str = "") -> None:
+        """Adds --name, one or more values; `shown` is how help shows the default."""
+        shown = shown or " ".join(map(str, default))
         self.parser.add_argument(f"--{name}", nargs="+", type=parse, default=list(default), metavar="N", help=f"{text} (default: {shown})")
 
     def depth(self, name: str, default: int, text: str) -> None:
