@@ -6,10 +6,10 @@ a hand-written backward (`_StackFunction`). The block is ConvNeXt's (arXiv:2201.
     y = dwconv(x); xhat = standardise(y); h = W1 (w * xhat + b) + b1; out = x + gamma * (W2 f(h) + b2)
 
 What is done once per stack instead of once per block:
-- the norm's affine part (w, b) is folded into W1 and b1, and in full precision gamma into W2 and b2. Their gradients, and
+- the norm's affine part (w, b) is folded into W1 and b1, and, but in fp16, gamma into W2 and b2. Their gradients, and
   those of W1 and W2, follow from the folded weights' gradients by the chain rule, for all n blocks at once;
 - casts to the branch's low precision.
-The residual stream, gamma and the norm's statistics keep the stream's dtype (float32 under autocast).
+The residual stream and the norm's statistics keep the stream's dtype (float32 under autocast), and gamma is multiplied in it.
 
 What a forward pass leaves for its backward is the stack's `keeping`: all that backward needs, a part of it, or only the input of
 every segment of blocks (arXiv:1604.06174), whose forward then runs again. Segments may be smaller than stacks: fewer blocks are
@@ -97,8 +97,8 @@ class _Weights:
             b1 = b1 + (w1 @ p["norm.bias"][:, :, None])[:, :, 0]
         if "norm.weight" in p:
             w1 = w1 * p["norm.weight"][:, None, :]
-        # A low-precision branch is scaled in the stream's precision instead: a small gamma times W2 would underflow in fp16.
-        self.gamma = p["gamma"].unbind(0) if "gamma" in p and branch != stream else None
+        # An fp16 branch is scaled in the stream's precision instead: a small gamma times W2 would underflow. bf16 has float32's range.
+        self.gamma = p["gamma"].unbind(0) if "gamma" in p and branch == torch.float16 != stream else None
         if "gamma" in p and self.gamma is None:
             w2, b2 = w2 * p["gamma"][:, :, None], b2 * p["gamma"]
         self.dw, self.dw_bias = p["dwconv.weight"].to(branch).unbind(0), p["dwconv.bias"].to(branch).unbind(0)
@@ -150,12 +150,12 @@ class _Work:
         out = torch.addmm(w.b2[i], saved.a, w.w2_t[i])  # (M, C)
         if w.gamma is not None:
             out = out * w.gamma[i]
+        if self.masks is not None:
+            out = out * self.masks[i]
+        if self.spec.skip == "identity":
+            out = out.add_(_rows(x)) if out.dtype == w.stream else _rows(x) + out  # in the stream's precision
         elif out.dtype != w.stream:
             out = out.to(w.stream)
-        if self.masks is not None:
-            out = out.mul_(self.masks[i])
-        if self.spec.skip == "identity":
-            out = out.add_(_rows(x))
         batch, channels, height, width = x.shape
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
