@@ -102,11 +102,12 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
     images, labels = networks.random_batch(values.batch_size)
     alone = dataclasses.replace(place, rank=0, size=1)
     own = slice(place.rank * values.batch_size // place.size, (place.rank + 1) * values.batch_size // place.size)
-    plain_losses, _ = _train(TorchEngine(networks.build(settings), settings, alone), alone, (images, labels), values.steps)
     base = memory.reset_peak(place.device)
     engine = DeepSpeedEngine(networks.build(settings), settings, place)
     gathered = Gathered(engine)
     losses, step_s = _train(engine, place, (images[own], labels[own]), values.steps)
+    peak = memory.peak_bytes(place.device)
+    plain_losses, _ = _train(TorchEngine(networks.build(settings), settings, alone), alone, (images, labels), values.steps)
     return {
         "stacks": len(gathered.stacks),
         "total": gathered.total,
@@ -118,7 +119,7 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
         "plain_losses": plain_losses,
         "step_s": step_s,
         "base_bytes": base,
-        "peak_bytes": memory.peak_bytes(place.device),
+        "peak_bytes": peak,
     }
 
 
