@@ -151,7 +151,7 @@ def choose(
             seen: list[tuple[str, Config | None]] = []
             for limit in limits:
                 cells += _of_limit(Cell(depth, width, limit, ""), engines, machine, batch_size, seen)
-    return sorted(cells, key=_worth(depths, widths))
+    return sorted(cells, key=_worth)
 
 
 def _of_limit(cell: Cell, engines: Sequence[str], machine: Machine, batch_size: int, seen: list[tuple[str, Config | None]]) -> Iterator[Cell]:
@@ -165,11 +165,6 @@ def _of_limit(cell: Cell, engines: Sequence[str], machine: Machine, batch_size: 
             yield each
 
 
-def _worth(depths: Sequence[int], widths: Sequence[int]) -> Any:
-    """The deepest network at the smallest width within a limit; then first choices before second, narrow before wide, deep before shallow."""
-
-    def key(cell: Cell) -> tuple[bool, bool, int, int, bool]:
-        headline = cell.first and cell.depth == max(depths) and cell.width == min(widths) and cell.limit is not None
-        return (not headline, not cell.first, cell.width, -cell.depth, cell.limit is None)
-
-    return key
+def _worth(cell: Cell) -> tuple[bool, int, int, bool]:
+    """First choices before second, narrow before wide, deep before shallow, within a limit before without: the deepest narrow one is the first."""
+    return not cell.first, cell.width, -cell.depth, cell.limit is None
