@@ -275,6 +275,11 @@ class EngineConfig(_Checked):
         _or("none", _auto(_integer(1)), None),
     )
     device: str = _option(AUTO, "cuda, cpu, or auto", _choice(("auto", "cuda", "cpu")))
+    kernel: str = _option(
+        AUTO,
+        "what computes the blocks: native (compiled once, for the CPU), torch (its operators), or auto",
+        _choice(("auto", "native", "torch")),
+    )
     threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(_integer(1)))
     local_rank: int = _option(-1, "set by DeepSpeed's launcher", int)
     verbose: bool = _switch(False, "show all messages of DeepSpeed and other libraries")

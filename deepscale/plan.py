@@ -132,6 +132,7 @@ def measure_step_s(config: Config, world: World, image_size: int) -> float:
         # Ranks measure on their own, and not equally often: nothing may wait for another.
         spec = dataclasses.replace(block_spec(config.model, width), sync_batchnorm=False)
         stack = policy_of(config).apply(BlockStack(spec, 0, 1)).to(world.device)
+        stack.kernel = config.engine.kernel
         for parameter in stack.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(micro, width, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -191,9 +192,11 @@ def _engine_choices(config: Config, machine: Machine) -> Config:
     workers = config.data.workers if config.data.workers != AUTO else max(1, min(8, torch.get_num_threads()))
     blocks = config.model.stage_blocks
     size = config.engine.stack_size if config.engine.stack_size != AUTO else default_stack_size(blocks)
-    return config.replace(
-        device=machine.device, precision=precision, zero=stage, offload=offload, threads=threads, workers=workers, stack_size=size
-    ).replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init)
+    return (
+        config.replace(device=machine.device, precision=precision, zero=stage, offload=offload, threads=threads, workers=workers, stack_size=size)
+        .replace(kernel="native" if config.engine.kernel == "native" else "torch")
+        .replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init)
+    )
 
 
 def _sizes(config: Config, ranks: int) -> Iterator[Config]:

@@ -1,10 +1,11 @@
 """`deepscale plan`: what a run would build and take on this machine, without running it."""
 
 import json
+import sys
 
 import torch
 
-from deepscale import config, plan, world
+from deepscale import config, kernel, plan, world
 from deepscale.config import GROUPS
 from deepscale.machine import measure_machine
 from deepscale.progress import gib
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     asked = config.from_namespace(given)
     place = world.World(0, 1, 0, 1, torch.device(world.choose_device(asked.engine)))
+    asked = kernel.choose(asked, place, _say, _say)
     planned = plan.resolve(asked, place, measure_machine(place), channels=3, image_size=32, classes=given.classes)
     memory = planned.memory
     if given.json:
@@ -28,3 +30,7 @@ def main(arguments: list[str]) -> None:
     print("\n".join(planned.notes))
     print(f"parameters, gradients and optimiser {gib(memory.states_device + memory.states_host)}, activations kept {gib(memory.kept)}", end="")
     print(f", one recomputed segment {gib(memory.segment)}")
+
+
+def _say(text: str) -> None:
+    print(f"plan: {text}", file=sys.stderr, flush=True)

@@ -78,13 +78,10 @@ def prepare_data(data: DataConfig) -> None:
 def prepare_ops(folder: Path) -> None:
     """Every op in `folder`, built and checked. Raises UsageError with the reason where one cannot be had."""
     for name, reason in ensure_ops(OPS, say, folder=folder).items():
-        reason = reason or check_without_compiler(name, folder)
+        reason, op = reason or check_without_compiler(name, folder), OPS[name]
         if reason:
-            raise UsageError(
-                f"DeepSpeed's CPU op {name} is not ready: {reason}. The data is; training goes on without the op, only not with "
-                "--offload cpu. With the cause removed, type the same command again"
-            )
-        say(f"DeepSpeed's CPU op {name} loads without a compiler and computes right, from {folder}")
+            raise UsageError(f"{op.title} is not ready: {reason}. The data is; {op.without}. With the cause removed, type the same command again")
+        say(f"{op.title} loads without a compiler and computes right, from {folder}")
 
 
 def check_without_compiler(name: str, folder: Path) -> str | None:

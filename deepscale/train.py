@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deepscale import activations, checkpoints, config, errors, loop, memory, ops, outcome, paths, plan, progress, tracking, world
+from deepscale import activations, checkpoints, config, errors, kernel, loop, memory, ops, outcome, paths, plan, progress, tracking, world
 from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
@@ -19,7 +19,7 @@ from deepscale.data.splits import DatasetInfo
 from deepscale.engine import build_engine, hush
 from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.records import Records
 
@@ -64,8 +64,9 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Pre
     source = load_source(asked.data, screen.say)
     info = source.info
     cpu_adam = _prepare_ops(asked, offload, screen)
+    chosen = kernel.choose(asked, place, screen.say, screen.warn)
     machine = measure_machine(place)
-    planned = plan.resolve(asked, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
+    planned = plan.resolve(chosen, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
     torch.set_num_threads(int(settings.engine.threads))
     screen.say(f"asked for {asked.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
@@ -134,6 +135,7 @@ def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Conv
     with place.device:  # a GPU's parameters are filled where they are: the host may have less memory, and needs none
         model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size))
     activations.policy_of(settings).apply(model)
+    use_kernel(model, settings.engine.kernel)
     torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth
     return model.initialise(settings.recipe.seed)
 

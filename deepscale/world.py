@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepscale import ops
 from deepscale.config import EngineConfig
 from deepscale.errors import MissingPackageError, UsageError
+from deepscale.ops.cpu_adam import skip_shm_comm
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def join(engine: EngineConfig) -> World:
             import deepspeed
         except ImportError:
             raise MissingPackageError("deepspeed", None, "--engine deepspeed (or type --engine torch)") from None
-        ops.skip_shm_comm()
+        skip_shm_comm()
     try:
         if engine.engine == "deepspeed":
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)

@@ -63,6 +63,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "stack_size": ("10", 10),
     "segment": ("5", 5),
     "device": ("cpu", "cpu"),
+    "kernel": ("torch", "torch"),
     "threads": ("1", 1),
     "local_rank": ("1", 1),
     "verbose": ("", True),

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from deepscale import config, errors, memory, ops, tracking, world
+from deepscale import config, errors, kernel, memory, ops, tracking, world
 from deepscale.bench import networks
-from deepscale.bench.options import settings_of, whole
+from deepscale.bench.options import say, settings_of, whole
 from deepscale.engine import Engine, build_engine, hush
 from deepscale.models import stack
 from deepscale.plan import FAST_SEGMENT
@@ -43,15 +43,18 @@ def run_program(
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     command.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
     command.add_argument("--offload", choices=("none", "cpu"), default="none")
+    command.add_argument("--kernel", choices=("auto", "native", "torch"), default="auto")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
     for name, default in {"segment": FAST_SEGMENT, "zero": 0, **numbers}.items():
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)
-    settings = networks.configuration(**settings_of(values, "depth", "width", "batch_size", "segment", "engine", "zero", "offload", "threads"))
+    names = ("depth", "width", "batch_size", "segment", "engine", "zero", "offload", "threads", "kernel")
+    settings = networks.configuration(**settings_of(values, *names))
     try:
-        result = measure(values, settings, _joined(settings))
+        place = _joined(settings)
+        result = measure(values, kernel.choose(settings, place, say, say), place)
     finally:
         world.leave()
     print(json.dumps(result), flush=True)

@@ -11,7 +11,7 @@ from deepscale.config import Config
 from deepscale.depth import blocks_for_depth
 from deepscale.engine import Engine
 from deepscale.loop import train_step
-from deepscale.models.convnext import ConvNeXt, default_stack_size
+from deepscale.models.convnext import ConvNeXt, default_stack_size, use_kernel
 from deepscale.models.reference import PlainConvNeXt
 from deepscale.plan import FAST_SEGMENT
 from deepscale.world import World
@@ -32,8 +32,10 @@ def configuration(
     zero: int = 0,
     offload: str = "none",
     threads: int = 1,
+    kernel: str = "torch",
+    precision: str = "fp32",
 ) -> Config:
-    """A configuration in which nothing is left to the planner: the published recipe in float32 on the CPU, at full resolution.
+    """A configuration in which nothing is left to the planner: the published recipe on the CPU, at full resolution.
 
     `segment` blocks are recomputed together, 0 keeps all activations.
     """
@@ -48,8 +50,9 @@ def configuration(
         engine=engine,
         zero=zero,
         offload=offload,
-        precision="fp32",
+        precision=precision,
         device="cpu",
+        kernel=kernel,
         threads=threads,
         workers=1,
     )
@@ -60,6 +63,7 @@ def build(settings: Config, plain: bool = False) -> nn.Module:
     if plain:
         return PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS).initialise(SEED)
     model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
+    use_kernel(model, settings.engine.kernel)
     return policy_of(settings).apply(model).initialise(SEED)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepscale import config, plan
+from deepscale import config, kernel, plan
 from deepscale.config import AUTO, Config, EngineConfig, ModelConfig, RecipeConfig
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
@@ -156,6 +156,7 @@ def probe(variants: Sequence[Variant], batches: int, say: Say) -> Iterator[Probe
     """
     first = variants[0].config
     place = World(0, 1, 0, 1, torch.device(choose_device(first.engine)))
+    variants = [Variant(variant.label, kernel.choose(variant.config, place, say, say)) for variant in variants]
     info, take = images_of(first, batches, place, say)
     planned = plan_all(variants, batches, place, info)
     if len(planned) == 1:

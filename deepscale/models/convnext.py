@@ -181,6 +181,13 @@ def _names(module: nn.Module, prefix: str) -> Iterator[str]:
     return (prefix + name for name, _ in module.named_parameters())
 
 
+def use_kernel(model: nn.Module, kernel: str) -> None:
+    """What computes the blocks from now on: "torch" (its operators), or "native", which must be loaded (deepscale/kernel.py sees to both)."""
+    for module in model.modules():
+        if isinstance(module, BlockStack):
+            module.kernel = kernel
+
+
 def drop_rates(last: float, first: int, blocks: int, total: int) -> tuple[float, ...] | None:
     """Stochastic depth's rates of these blocks, growing linearly from 0 to `last` over all blocks (arXiv:1603.09382)."""
     return tuple(last * (first + i) / max(1, total - 1) for i in range(blocks)) if last else None

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deepscale.models import native
 from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, RunningStatistics, Standardise, batch_moments, batch_rows
 from deepscale.models.observe import BlockObserver
 
@@ -88,7 +89,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Weights:
-    """A stack's weights made ready for its blocks: folded, cast to the branch's dtype, and split into blocks."""
+    """A stack's weights made ready for its blocks: folded and cast to the branch's dtype."""
 
     def __init__(self, spec: BlockSpec, parameters: dict[str, Tensor], stream: torch.dtype, branch: torch.dtype) -> None:
         p = {name: value.to(stream) for name, value in parameters.items()}
@@ -101,11 +102,9 @@ class _Weights:
         self.gamma = p["gamma"].unbind(0) if "gamma" in p and branch == torch.float16 != stream else None
         if "gamma" in p and self.gamma is None:
             w2, b2 = w2 * p["gamma"][:, :, None], b2 * p["gamma"]
-        self.dw, self.dw_bias = p["dwconv.weight"].to(branch).unbind(0), p["dwconv.bias"].to(branch).unbind(0)
-        w1, w2 = w1.to(branch), w2.to(branch)
-        self.w1, self.w1_t, self.b1 = w1.unbind(0), w1.transpose(1, 2).unbind(0), b1.to(branch).unbind(0)
-        self.w2, self.w2_t, self.b2 = w2.unbind(0), w2.transpose(1, 2).unbind(0), b2.to(branch).unbind(0)
-        self.branch, self.stream, self.blocks = branch, stream, len(self.w1)
+        ready = {"dw": p["dwconv.weight"], "dw_bias": p["dwconv.bias"], "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+        self.stacked = {name: value.to(branch) for name, value in ready.items()}  # (n, ...) each
+        self.branch, self.stream, self.blocks = branch, stream, len(w1)
 
 
 @dataclass
@@ -126,12 +125,28 @@ class _Work:
         self.spec, self.weights, self.norms, self.observer = spec, weights, norms, observer
         self.masks = None if masks is None else masks.unbind(0)  # each (M, 1): 0, or 1 / (1 - rate)
         self.activation = ACTIVATIONS[spec.activation]
+        self.dw, self.dw_bias, self.w1, self.b1, self.w2, self.b2 = (value.unbind(0) for value in weights.stacked.values())
+        self.w1_t, self.w2_t = (weights.stacked[name].transpose(1, 2).unbind(0) for name in ("w1", "w2"))
         self.one: Tensor | None = None  # (M, 4C) of ones, for an observer
 
+    def forward(self, x: Tensor, i: int, moments: Tensor | None = None) -> Tensor:
+        """Block i, of which nothing is kept: (B, C, H, W) -> (B, C, H, W)."""
+        return self.kept(x, i, moments)[0]
+
+    def kept(self, x: Tensor, i: int, moments: Tensor | None = None) -> tuple[Tensor, _Saved]:
+        """Block i, and what its backward needs. With `moments` (2, n, C), BatchNorm's statistics are measured and written there."""
+        saved = self.hidden(x, i, moments)
+        return self.output(saved, i), saved
+
+    def standard(self, x: Tensor, i: int, moments: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Block i, and what `expanded` needs."""
+        saved = self.hidden(x, i, moments)
+        return self.output(saved, i), (saved.x, saved.xhat, saved.inverse)
+
     def hidden(self, x: Tensor, i: int, moments: Tensor | None = None) -> _Saved:
-        """Block i up to its activation. With `moments` (2, n, C), BatchNorm's statistics are measured and written there."""
+        """Block i up to its activation: what its backward needs."""
         w, k = self.weights, self.spec.kernel_size
-        y = _rows(F.conv2d(x.to(w.branch), w.dw[i], w.dw_bias[i], padding=k // 2, groups=self.spec.channels))
+        y = _rows(F.conv2d(x.to(w.branch), self.dw[i], self.dw_bias[i], padding=k // 2, groups=self.spec.channels))
         y = y if self.spec.norm == "none" or self.norms[i].takes(y) else y.to(w.stream)
         if moments is not None:
             moments[0, i], moments[1, i] = batch_moments(y, self.spec.sync_batchnorm)
@@ -140,14 +155,14 @@ class _Work:
 
     def expanded(self, x: Tensor, xhat: Tensor, inverse: Tensor, i: int) -> _Saved:
         """Block i from xhat (M, C) to its activation."""
-        h = torch.addmm(self.weights.b1[i], xhat, self.weights.w1_t[i])
+        h = torch.addmm(self.b1[i], xhat, self.w1_t[i])
         return _Saved(x, xhat, inverse, h, self.activation.forward(h))
 
     def output(self, saved: _Saved, i: int) -> Tensor:
         """Block i from its activation to its output (B, C, H, W)."""
         w = self.weights
         x = saved.x
-        out = torch.addmm(w.b2[i], saved.a, w.w2_t[i])  # (M, C)
+        out = torch.addmm(self.b2[i], saved.a, self.w2_t[i])  # (M, C)
         if w.gamma is not None:
             out = out * w.gamma[i]
         if self.masks is not None:
@@ -171,17 +186,17 @@ class _Work:
         scaled = branch if w.gamma is None else (masked * w.gamma[i]).to(w.branch)
         grads.write(grads.w2, i, branch.t(), saved.a)  # (C, 4C)
         torch.sum(masked, 0, out=grads.b2[i])
-        dh = self.through_activation(scaled @ w.w2[i], saved, i)  # (M, 4C)
+        dh = self.through_activation(scaled @ self.w2[i], saved, i)  # (M, 4C)
         torch.sum(dh, 0, dtype=w.stream, out=grads.b1[i])
         grads.write(grads.w1, i, saved.xhat.t(), dh)  # (C, 4C)
-        dxhat = dh @ w.w1[i]
+        dxhat = dh @ self.w1[i]
         low = self.spec.norm == "none" or self.norms[i].takes(dxhat)
         rows = (dxhat, saved.xhat) if low else (dxhat.to(w.stream), saved.xhat.to(w.stream))
         dy = self.norms[i].backward(*rows, saved.inverse)
         batch, _, height, width = saved.x.shape
         dy = dy.to(w.branch).view(batch, height, width, c).permute(0, 3, 1, 2)
         dx, dw, dw_bias = aten.convolution_backward(
-            dy, saved.x.to(w.branch), w.dw[i], [c], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [True, True, True]
+            dy, saved.x.to(w.branch), self.dw[i], [c], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [True, True, True]
         )
         grads.dw[i].copy_(dw)
         grads.dw_bias[i].copy_(dw_bias)
@@ -259,14 +274,11 @@ class _StackFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             named = dict(zip(spec.shapes(), parameters, strict=True))
             weights = _Weights(spec, named, x.dtype, branch)
-            work = _Work(spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), masks, None)
+            work = _work(stack.kernel, spec, weights, _norms(spec, weights.blocks, moments, fixed=not stack.training), x, masks, None)
             kept: list[Any] = []
-            first = x
+            first, measuring = x, moments if stack.training else None
             for i in range(weights.blocks):
-                saved = work.hidden(x, i, moments if spec.norm == "batchnorm" and stack.training else None)
-                x = work.output(saved, i)
-                if keeping is not None and i % (keeping.segment or 1) == 0:
-                    kept.append(_part(saved, keeping))
+                x = _forward(work, x, i, measuring, keeping, kept)
         if stack.observer is not None and keeping is not None:
             stack.observer.output(weights.blocks - 1, x)
         if moments is not None and stack.training:
@@ -274,7 +286,7 @@ class _StackFunction(torch.autograd.Function):
         # The input is saved for autograd's check that nobody overwrites it, but where a store has a copy: there it must not stay.
         held = () if keeping is not None and keeping.store is not None else (first,)
         ctx.save_for_backward(*parameters, *held)
-        ctx.spec, ctx.kept, ctx.keeping, ctx.observer = spec, kept, keeping, stack.observer
+        ctx.spec, ctx.kept, ctx.keeping, ctx.observer, ctx.kernel = spec, kept, keeping, stack.observer, stack.kernel
         ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
         return x
 
@@ -287,11 +299,11 @@ class _StackFunction(torch.autograd.Function):
         with torch.autocast(output.device.type, enabled=False):
             named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=False))
             weights = _Weights(spec, named, output.dtype, ctx.branch)
-            work = _Work(spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), ctx.masks, ctx.observer)
+            work = _work(ctx.kernel, spec, weights, _norms(spec, weights.blocks, ctx.moments, ctx.fixed), output, ctx.masks, ctx.observer)
             batch, channels, height, width = output.shape
             grads = _Gradients(spec, weights.blocks, output)
             g = _rows(output.contiguous(memory_format=torch.channels_last))
-            saved: list[_Saved] = []
+            saved: list[Any] = []
             for i in reversed(range(weights.blocks)):
                 if not saved:
                     saved = _again(work, ctx.kept.pop(), ctx.keeping, i)
@@ -308,25 +320,35 @@ def _norms(spec: BlockSpec, blocks: int, moments: Tensor | None, fixed: bool) ->
     return [BatchStandardise(EPS[spec.norm], mean, variance, fixed, spec.sync_batchnorm) for mean, variance in pairs]
 
 
-def _part(saved: _Saved, keeping: Keeping) -> Any:
-    """What is kept of a block, or of the segment that it begins."""
-    if keeping.segment:
-        return saved.x if keeping.store is None else keeping.store.put(saved.x)
-    return saved if keeping.hidden else (saved.x, saved.xhat, saved.inverse)
+def _work(
+    kernel: str, spec: BlockSpec, weights: _Weights, norms: list[Standardise], x: Tensor, masks: Tensor | None, observer: BlockObserver | None
+) -> Any:
+    """The maths of a block: torch's operators, or the native kernel for what that knows."""
+    if kernel == "native" and native.computes(spec, x.device, weights.stream, weights.branch):
+        return native.NativeWork(spec, weights, x, masks, observer)
+    return _Work(spec, weights, norms, masks, observer)
 
 
-def _again(work: _Work, part: Any, keeping: Keeping, last: int) -> list[_Saved]:
-    """What the backward of block `last`, or of the segment that it ends, needs: from what `_part` kept, the rest computed again."""
-    if not keeping.segment and keeping.hidden:
-        return [part]
+def _forward(work: Any, x: Tensor, i: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
+    """Block i, adding to `kept` what is kept of it, or of the segment that it begins."""
+    if keeping is None or keeping.segment:
+        if keeping is not None and i % keeping.segment == 0:
+            kept.append(x if keeping.store is None else keeping.store.put(x))
+        return work.forward(x, i, moments)
+    x, part = (work.kept if keeping.hidden else work.standard)(x, i, moments)
+    kept.append(part)
+    return x
+
+
+def _again(work: Any, part: Any, keeping: Keeping, last: int) -> list[Any]:
+    """What the backward of block `last`, or of the segment that it ends, needs: from what `_forward` kept, the rest computed again."""
     if not keeping.segment:
-        x, xhat, inverse = part
-        return [work.expanded(x, xhat, inverse, last)]
-    first = last - last % keeping.segment
-    saved = [work.hidden(part if keeping.store is None else keeping.store.get(part), first)]
-    for i in range(first + 1, last + 1):
-        saved.append(work.hidden(work.output(saved[-1], i - 1), i))
-    return saved
+        return [part if keeping.hidden else work.expanded(*part, last)]
+    x, again = part if keeping.store is None else keeping.store.get(part), []
+    for i in range(last - last % keeping.segment, last):
+        x, saved = work.kept(x, i)
+        again.append(saved)
+    return [*again, work.hidden(x, last)]
 
 
 class BlockStack(nn.Module):
@@ -341,6 +363,7 @@ class BlockStack(nn.Module):
     observer: BlockObserver | None = None
     keeping = Keeping()
     _rates: Tensor | None = None  # drop_rates (n, 1) on the device
+    kernel = "torch"  # or "native", which must be loaded
 
     def __init__(self, spec: BlockSpec, first: int, blocks: int, drop_rates: tuple[float, ...] | None = None) -> None:
         super().__init__()

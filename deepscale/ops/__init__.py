@@ -1,12 +1,10 @@
-"""DeepSpeed's CPU ops: built once, before any clock starts, and loaded from a folder that other machines can share.
+"""Compiled libraries ("ops"): built once, before any clock starts, and loaded from a folder that other machines can share.
 
-What is decided here, and why (DeepSpeed 0.19):
+There are two (`OPS`): the kernel of the network's block (block.py), and DeepSpeed's CPU optimiser (cpu_adam.py). What is decided
+here, and why:
 
-- Training needs one op, `cpu_adam` (`DeepSpeedCPUAdam`, the optimiser of ZeRO-Offload).
-- DeepSpeed also builds `shm_comm` at the first gloo initialisation, which takes half a minute and stops a machine without a
-  compiler. Only tensor-parallel inference calls it, so it is switched off (`skip_shm_comm`).
-- The build runs in a process of its own, which also takes one optimiser step with the fresh op: compiler messages stay out
-  of the way, and an op that crashes does not take the training with it.
+- The build runs in a process of its own, which also tries the fresh op: compiler messages stay out of the way, and an op that
+  crashes does not take the training with it.
 - A finished op is loaded straight from its file. torch's own loader asks for a compiler, ninja and a writable folder even when
   there is nothing to build. Beside the file a note says what it was built for; it is only loaded where all of that fits, since
   `-march=native` code from another processor ends in an illegal instruction.
@@ -16,7 +14,6 @@ first that can be written is built in.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -25,17 +22,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deepscale.errors import MissingPackageError, UsageError, unknown_choice
+from deepscale.errors import unknown_choice
+from deepscale.ops import block, cpu_adam
+from deepscale.ops.cpu_adam import skip_shm_comm as skip_shm_comm
+from deepscale.ops.op import Op, Say, path_with_ninja
 
-Say = Callable[[str], None]
+OPS: dict[str, Op] = {"block": block.OP, "cpu_adam": cpu_adam.OP}
 
 BUILD_LIMIT_S = 1800.0
 # What -march=native may use; the other words of /proc/cpuinfo (hypervisor, topology ...) do not matter to an op.
@@ -43,54 +42,18 @@ INSTRUCTIONS = re.compile(r"^(v?aes|abm|adx|amx|asimd|avx|bmi|f16c|fma|fp|gfni|l
 
 
 def ensure_ops(which: Iterable[str], say: Say, verbose: bool = False, folder: Path | None = None) -> dict[str, str | None]:
-    """Makes DeepSpeed's ops ready for this process; what is missing is built, once, however many ranks ask.
+    """Makes ops ready for this process; what is missing is built, once, however many ranks ask.
 
-    Call it on every rank before `deepspeed.init_distributed`. `say` gets one line from the rank that builds, so give each rank
-    one that prints. With `folder`, no other is looked at. Returns, per op, None when it is loaded, or a sentence on why it
-    cannot be had.
+    `say` gets one line from the rank that builds, so give each rank one that prints. With `folder`, no other is looked at.
+    Returns, per op, None when it is loaded, or a sentence on why it cannot be had.
     """
-    skip_shm_comm()
     folders = ops_folders() if folder is None else [folder.absolute()]
     return {name: _ensure(name, folders, say, verbose) for name in which}
 
 
-def cpu_adam_available() -> bool:
-    """Whether this process can make a `DeepSpeedCPUAdam`, that is `ensure_ops(["cpu_adam"], ...)` succeeded."""
-    return "cpu_adam" in _deepspeed_loaded()
-
-
-def skip_shm_comm() -> None:
-    """Keeps DeepSpeed from building `shm_comm` at its first gloo initialisation; collectives go through gloo as they would anyway."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_cpu_adam() -> None:
-    """One AdamW step of the op equals torch's. Raises RuntimeError."""
-    import torch
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    ours, theirs = (torch.linspace(-2.0, 2.0, 1003).requires_grad_() for _ in range(2))
-    for parameter, optimizer in ((ours, DeepSpeedCPUAdam([ours], **settings)), (theirs, torch.optim.AdamW([theirs], foreach=False, **settings))):
-        parameter.grad = torch.cos(3.0 * parameter.detach())
-        optimizer.step()
-    difference = (ours - theirs).abs().max().item()
-    if not difference < 1e-5:
-        raise RuntimeError(f"one step differs from torch's AdamW by {difference:.2g}")
-
-
-# Name in DeepSpeed -> (its builder, the check of a loaded op).
-OPS: dict[str, tuple[str, Callable[[], None]]] = {"cpu_adam": ("CPUAdamBuilder", _check_cpu_adam)}
-
-
 def check_op(name: str) -> None:
     """One tiny operation with an op that is loaded. Raises RuntimeError where its result is wrong."""
-    OPS[name][1]()
+    OPS[name].check()
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -111,18 +74,9 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-def _note_of_this_machine() -> dict[str, Any]:
+def note_of_this_machine(name: str) -> dict[str, Any]:
     """What a finished op must fit: versions, and the processor's instructions."""
-    import deepspeed
-    import torch
-
-    return {
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "python": f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}",
-        "machine": platform.machine(),
-        "instructions": _instructions(),
-    }
+    return {**OPS[name].versions(), "machine": platform.machine(), "instructions": _instructions()}
 
 
 def _instructions() -> list[str]:
@@ -138,7 +92,7 @@ def _misfit(library: Path, here: dict[str, Any]) -> str | None:
     """Why this file cannot be loaded here, or None."""
     try:
         note = json.loads(library.with_suffix(".json").read_text())
-        for key in ("torch", "deepspeed", "python", "machine"):
+        for key in here.keys() - {"instructions"}:
             if note[key] != here[key]:
                 return f"{library} was built for {key} {note[key]}, and here is {here[key]}"
         lacking = set(note["instructions"]) - set(here["instructions"])
@@ -167,31 +121,12 @@ def _find(name: str, folders: list[Path], here: dict[str, Any]) -> tuple[Path | 
 # ------------------------------------------------------------------------------------------------------ load and build
 
 
-def _deepspeed_loaded() -> dict[str, Any]:
-    """DeepSpeed's record of loaded ops: what is in it, its builders return at once."""
-    try:
-        from deepspeed.ops.op_builder.builder import OpBuilder
-    except ImportError:
-        raise MissingPackageError("deepspeed", None, "--engine deepspeed") from None
-    loaded: dict[str, Any] = OpBuilder._loaded_ops
-    return loaded
-
-
-def _load(name: str, library: Path) -> None:
-    spec = importlib.util.spec_from_file_location(name, library)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{library} is no extension module")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    _deepspeed_loaded()[name] = module
-
-
 def _ensure(name: str, folders: list[Path], say: Say, verbose: bool) -> str | None:
     if name not in OPS:
-        raise unknown_choice("DeepSpeed op", name, OPS)
-    if name in _deepspeed_loaded():
+        raise unknown_choice("the op", name, OPS)
+    if OPS[name].loaded():
         return None
-    here = _note_of_this_machine()
+    here = note_of_this_machine(name)
     library, misfit = _find(name, folders, here)
     if library is None:
         reason = _build_locked(name, folders, here, say, verbose)
@@ -199,8 +134,8 @@ def _ensure(name: str, folders: list[Path], say: Say, verbose: bool) -> str | No
         if library is None:
             return "; ".join(text for text in (reason, misfit) if text)
     try:
-        _load(name, library)
-    except ImportError as error:
+        OPS[name].load(library)
+    except (ImportError, OSError) as error:
         return f"{library} does not load ({error})"
     return None
 
@@ -211,7 +146,7 @@ def _build_locked(name: str, folders: list[Path], here: dict[str, Any], say: Say
     if folder is None:
         return f"none of the folders for ops can be written: {', '.join(map(str, folders))}; name another: DEEPSCALE_OPS_DIR"
     tag = hashlib.sha256(json.dumps(here).encode()).hexdigest()[:8]
-    place = folder / f"torch{here['torch']}-deepspeed{here['deepspeed']}-{here['python']}-{tag}" / name
+    place = folder / f"{name}-{tag}" / name
     try:
         with FileLock(folder / f"{name}.lock", timeout=BUILD_LIMIT_S):
             if _find(name, folders, here)[0] is not None:
@@ -223,28 +158,12 @@ def _build_locked(name: str, folders: list[Path], here: dict[str, Any], say: Say
         return f"{name} cannot be built in {folder} ({error})"
 
 
-def missing_for_build() -> str | None:
-    """What a build lacks on this machine, as a sentence, or None."""
-    compiler = os.environ.get("CXX") or "c++"
-    if shutil.which(compiler.split()[0]) is None:
-        return f"no C++ compiler ({compiler}) is on the PATH (Debian: apt-get install g++)"
-    if shutil.which("ninja", path=_path_with_ninja()) is None:
-        return "ninja is missing (pip install ninja)"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "the headers of Python are missing (Debian: apt-get install python3-dev)"
-    return None
-
-
-def _path_with_ninja() -> str:
-    # pip puts ninja beside python, which is on the PATH only in an activated environment.
-    return os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-
-
 def _build(name: str, place: Path, here: dict[str, Any], say: Say, verbose: bool) -> str | None:
-    missing = missing_for_build()
+    op = OPS[name]
+    missing = op.missing()
     if missing:
         return missing
-    say(f"building DeepSpeed's CPU op {name}, a minute or two, once (kept in {place.parent})")
+    say(f"building {op.title}, {op.takes}, once (kept in {place.parent})")
     # An interrupted build may have left objects or a lock that torch would wait for.
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -267,9 +186,9 @@ def _build(name: str, place: Path, here: dict[str, Any], say: Say, verbose: bool
 
 def _run_build(name: str, place: Path, log: Path) -> int:
     """Runs `build_and_check` in a process of its own; its exit code, negative for a signal."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(place.parent), "PATH": _path_with_ninja(), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(place.parent), "PATH": path_with_ninja(), "DS_ACCELERATOR": "cpu"}
     program = "import sys; sys.path.append(sys.argv[1]); from deepscale.ops import build_and_check; build_and_check(sys.argv[2])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), name]
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), name]
     with log.open("w") as output:
         # A session of its own, so that the compilers end with it.
         process = subprocess.Popen(
@@ -293,11 +212,7 @@ def _essence(output: str) -> str | None:
 
 
 def build_and_check(name: str) -> None:
-    """What the building process does: build into TORCH_EXTENSIONS_DIR, load, try."""
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().create_op_builder(OPS[name][0])
-    if builder is None:
-        raise UsageError(f"DeepSpeed has no {OPS[name][0]} for this machine's accelerator")
-    builder.load(verbose=True)
+    """What the building process does, in the op's folder: build, load, try."""
+    OPS[name].build()
+    OPS[name].load(Path(f"{name}.so").absolute())
     check_op(name)
