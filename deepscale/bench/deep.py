@@ -17,7 +17,7 @@ from torch import nn
 
 from deepscale import config, errors, kernel, memory, ops, tracking, world
 from deepscale.bench import networks
-from deepscale.bench.options import say, settings_of, whole
+from deepscale.bench.options import KERNELS, say, settings_of, whole
 from deepscale.engine import Engine, build_engine, hush
 from deepscale.models import stack
 from deepscale.plan import FAST_SEGMENT
@@ -43,7 +43,7 @@ def run_program(
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     command.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
     command.add_argument("--offload", choices=("none", "cpu"), default="none")
-    command.add_argument("--kernel", choices=("auto", "native", "torch"), default="auto")
+    command.add_argument("--kernel", choices=KERNELS, default="auto")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
     for name, default in {"segment": FAST_SEGMENT, "zero": 0, **numbers}.items():

@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
     options.size("steps", 2, "steps of a trial", low=2)
     options.size("tolerance", 5, "percent between the deepest that trains and the shallowest that does not")
     options.size("threads", len(os.sched_getaffinity(0)), "threads; the default is the cores here")
+    options.kernel()
     add("--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU the limit is that of torch's allocator (default: cpu)")
     add(
         "--time-limit",
@@ -106,7 +107,9 @@ def _search(values: argparse.Namespace, policy: str) -> list[Trial]:
 
 
 def _trial(values: argparse.Namespace, policy: str, depth: int, start: int) -> Trial:
-    options = {"policy": policy, "depth": depth} | settings_of(values, "width", "batch_size", "segment", "steps", "threads", "memory", "device")
+    options = {"policy": policy, "depth": depth} | settings_of(
+        values, "width", "batch_size", "segment", "steps", "threads", "memory", "device", "kernel"
+    )
     limit = values.memory if values.device == "cpu" else None
     ended = run_within("deepscale.bench.trial", options, threads=values.threads, limit_s=values.time_limit, limit_bytes=limit)
     start = start or int(ended.result.get("built_bytes", 0))

@@ -9,6 +9,7 @@ from typing import Any
 from deepscale.bench.report import Report, check_writable, hardware
 from deepscale.config import parse_depth, parse_duration, parser
 
+KERNELS = ("auto", "native", "torch")
 UNSIZED = ("rounds", "warm_up", "deep_steps", "part", "policies", "steps", "tolerance")  # how often and what, but no size that a goal is about
 
 
@@ -43,6 +44,10 @@ class Options:
     def depth(self, name: str, default: int, text: str) -> None:
         """Adds --name, a number of layers."""
         self.parser.add_argument(f"--{name}", type=parse_depth, default=default, metavar="N", help=f"{text} (default: {default})")
+
+    def kernel(self) -> None:
+        """Adds what computes the blocks of the stacked networks."""
+        self.parser.add_argument("--kernel", choices=KERNELS, default="auto", help="of the stacked network's blocks (default: auto)")
 
     def time_limit(self) -> None:
         """Adds the longest time of one measuring process."""

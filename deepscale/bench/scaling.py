@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> None:
     options.size("steps", 3, "measured steps of the deepest; shallow ones take more")
     options.size("rounds", 1, "processes per network")
     options.size("threads", 1, "threads per process")
+    options.kernel()
     add("--out", type=Path, metavar="FILE", help="also draw the figure into this file")
     options.time_limit()
     values, report = options.parse(arguments)
@@ -112,7 +113,7 @@ def _measure(values: argparse.Namespace, depth: int, curves: Curves) -> None:
         curves["kept"].setdefault(name, {})[depth] = values.batch_size * _kept(values, depth, segment, name == PLAIN) / 1e6
         if name == KEEP:
             continue
-        wanted = settings_of(values, "width", "batch_size", "threads") | {"depth": depth, "segment": segment, "warm_up": WARM_UP}
+        wanted = settings_of(values, "width", "batch_size", "threads", "kernel") | {"depth": depth, "segment": segment, "warm_up": WARM_UP}
         wanted |= {"steps": max(values.steps, SHALLOW_LAYERS // depth)}
         if name == PLAIN:
             wanted |= {"network": "plain", "engine": "torch"}

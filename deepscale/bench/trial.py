@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from deepscale import config, errors, memory
+from deepscale import config, errors, kernel, memory
 from deepscale.bench import networks
 from deepscale.bench.limit import OUT_OF_MEMORY, TRAINED
-from deepscale.bench.options import settings_of, whole
+from deepscale.bench.options import KERNELS, say, settings_of, whole
 from deepscale.engine import TorchEngine, hush
 from deepscale.world import World
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("depth", "width", "batch-size", "segment", "steps", "threads", "memory"):
         command.add_argument(f"--{name}", type=whole(), required=True)
     command.add_argument("--policy", required=True, help="plain: the published network; else what the stacked one keeps")
+    command.add_argument("--kernel", choices=KERNELS, default="torch", help="of the stacked network's blocks")
     command.add_argument("--device", choices=("cpu", "cuda"), required=True)
     values = command.parse_args(arguments)
     hush(verbose=False)
@@ -61,6 +62,8 @@ def build(values: argparse.Namespace, device: torch.device) -> networks.Training
     """The network on its engine, with its batch."""
     settings = settings_for(values, values.policy, values.depth)
     place, plain = World(0, 1, 0, 1, device), values.policy == PLAIN
+    if not plain:
+        settings = kernel.choose(settings.replace(kernel=values.kernel), place, say, say)
     images, labels = networks.random_batch(values.batch_size, channels_last=not plain)
     engine = TorchEngine(networks.build(settings, plain).to(device), settings, place)
     return networks.Training(engine, place, (images.to(device), labels.to(device)))
