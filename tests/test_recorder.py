@@ -450,7 +450,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[
 @pytest.fixture(scope="module")
 def reference() -> dict[int, tuple[dict[str, Floats], dict[str, Floats]]]:
     """Step -> fields of every layer with update ratios, and of every block: the plain network in float64, whole batches."""
-    settings = recorder_worker.settings_of(CASES["torch none fp32 1 False 1"])
+    settings = recorder_worker.settings_of(CASES["torch none fp32 1 keep 1"])
     recipe = settings.recipe
     plain = recorder_worker.with_dead_units(PlainConvNeXt(settings.model, classes=engine_worker.CLASSES).initialise(0)).double()
     groups: list[list[Tensor]] = [[], []]
@@ -522,7 +522,7 @@ def test_low_precision_was_low(both: Any) -> None:
     """The record of bf16 and of fp16 differs from float32's."""
     one, two = (both[ranks].result()[0] for ranks in (1, 2))
     flows = {name: flow for results in (one, two) for name, flow in results.items() if name in CASES}
-    exact = flows["torch none fp32 1 False 1"].l2[0]
+    exact = flows["torch none fp32 1 keep 1"].l2[0]
     for name, flow in flows.items():
         assert np.allclose(flow.l2[0], exact, rtol=1e-5, atol=1e-8) == (CASES[name]["precision"] == "fp32"), name
 
