@@ -175,32 +175,33 @@ def test_start_compares_deep_and_shallow(bench: Callable[..., Rows], monkeypatch
     assert "initialize, 110 layers as separate modules (65 tensors)" in rows
 
 
-def test_step_measures_one_network_three_ways(bench: Callable[..., Rows], capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench(
-        "step", "--part", "compare", "--depth", "26", "--width", "4", "--batch-size", "2", "--rounds", "2", "--warm-up", "1", "--threads", "1"
-    )
-    plain, stacked, recomputed = (rows[f"step, {name}: 26 layers, width 4, batch 2"]["values"] for name in ("plain", "stacked", "recomputed"))
-    assert rows["plain / stacked: how much faster stacked is"]["values"] == pytest.approx([a / b for a, b in zip(plain, stacked, strict=True)])
-    assert rows["recomputed / stacked: what recomputation costs"]["values"] == pytest.approx(
-        [a / b for a, b in zip(recomputed, stacked, strict=True)]
-    )
+SMALL_STEP = ("step", "--depth", "26", "--width", "4", "--batch-size", "2", "--rounds", "2", "--warm-up", "1", "--threads", "1")
+
+
+def test_step_measures_one_network_four_ways(bench: Callable[..., Rows], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench(*SMALL_STEP, "--part", "compare")
+    names = ("plain", "stacked", "recomputed", "stacked in torch's operators")
+    plain, stacked, recomputed, operators = (rows[f"step, {name}: 26 layers, width 4, batch 2"]["values"] for name in names)
+    for what, above, below in (
+        ("plain / stacked: how much faster stacked is", plain, stacked),
+        ("plain / recomputed: the same with recomputation", plain, recomputed),
+        ("recomputed / stacked: what recomputation costs", recomputed, stacked),
+        ("stacked in torch's operators / stacked: what the kernel gains", operators, stacked),
+    ):
+        assert rows[what]["values"] == pytest.approx([a / b for a, b in zip(above, below, strict=True)])
     note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss of the last step"))
     losses = [float(part.split()[-1]) for part in note.partition(": ")[2].split(",")]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 
-def test_activations_measures_every_policy_and_its_formulas(bench: Callable[..., Rows], capsys: pytest.CaptureFixture[str]) -> None:
-    """FLOPs and bytes are those of the formulas exactly, values those of keeping all; from policy to policy fewer bytes and more FLOPs."""
-    sizes = ["--depth", "26", "--width", "4", "--batch-size", "2", "--rounds", "2", "--warm-up", "0", "--segment", "2", "--threads", "1"]
-    rows = {what: row["median"] for what, row in bench("activations", *sizes).items()}
-    for name in ("selective", "recompute", "offload"):
-        assert rows[f"step, {name} / keep"] > 0
-        assert rows[f"FLOPs, {name} / formula"] == rows[f"kept, {name} / formula"] == 1.0
-        assert rows[f"loss, {name}: difference to keep"] == rows[f"gradients, {name}: largest difference to keep"] == 0.0
-    assert 1 < rows["FLOPs, selective / keep"] < rows["FLOPs, recompute / keep"] == rows["FLOPs, offload / keep"] < 4 / 3
-    assert 1 > rows["kept, selective / keep"] > rows["kept, recompute / keep"] == rows["kept, offload / keep"]
-    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss after 2 steps"))
-    assert len({part.split()[-1] for part in note.partition(": ")[2].split(",")}) == 1
+def test_step_compares_bf16_with_fp32(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(step, "has_bf16", lambda: True)
+    rows = bench(*SMALL_STEP, "--part", "low", "--low-width", "8", "--low-rounds", "1")
+    full, low = (rows[f"step, {name}: 26 layers, width 8, batch 2"]["values"] for name in ("fp32", "bf16"))
+    assert rows["fp32 / bf16: how much faster bf16 branches are"]["values"] == pytest.approx([full[0] / low[0]])
+    monkeypatch.setattr(step, "has_bf16", lambda: False)
+    assert bench(*SMALL_STEP, "--part", "low") == {}
+    assert "bf16 is not measured" in capsys.readouterr().out
 
 
 def test_step_of_the_deep_network_comes_from_a_fresh_process(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,14 +209,15 @@ def test_step_of_the_deep_network_comes_from_a_fresh_process(bench: Callable[...
 
     def run(module: str, options: Mapping[str, Any], *, threads: int, limit_s: float) -> dict[str, Any]:
         asked.update(options, limit_s=limit_s)
-        return {"step_cpu_s": [4.0, 5.5, 4.5], "step_wall_s": [4.1, 5.6, 4.6]}
+        return {"step_cpu_s": [4.0, 5.5, 4.5], "step_wall_s": [3.1, 3.6, 3.2]}
 
     monkeypatch.setattr(step, "run_worker", run)
-    rows = bench("step", "--part", "deep", "--deep-steps", "3", "--time-limit", "2m")
-    assert (asked["depth"], asked["width"], asked["batch_size"], asked["zero"], asked["threads"], asked["steps"]) == (10_001, 8, 8, 2, 1, 3)
+    rows = bench("step", "--part", "deep", "--deep-steps", "3", "--deep-threads", "2", "--time-limit", "2m")
+    assert (asked["depth"], asked["width"], asked["batch_size"], asked["zero"], asked["threads"], asked["steps"]) == (10_001, 8, 8, 2, 2, 3)
     assert asked["limit_s"] == 120
-    row = rows["step, 10,001 layers, width 8, batch 8, recomputed, ZeRO 2"]
-    assert (row["median"], row["reached"], row["of_goal"]) == (4.5, True, 0.9)
+    row = rows["step, 10,001 layers, width 8, batch 8, recomputed, ZeRO 2, 2 threads"]
+    assert (row["median"], row["reached"], row["of_goal"]) == (3.2, True, 0.8)
+    assert rows["the same, of all threads together"]["median"] == 4.5
 
 
 def test_memory_measures_fresh_processes(bench: Callable[..., Rows]) -> None:
