@@ -204,6 +204,22 @@ def test_step_compares_bf16_with_fp32(bench: Callable[..., Rows], monkeypatch: p
     assert "bf16 is not measured" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_activations_measures_every_policy_and_its_formulas(kernel: str, bench: Callable[..., Rows], capsys: pytest.CaptureFixture[str]) -> None:
+    """FLOPs and bytes are those of the formulas exactly, values those of keeping all; from policy to policy fewer bytes and more FLOPs."""
+    sizes = ["--depth", "26", "--width", "4", "--batch-size", "2", "--rounds", "2", "--warm-up", "0", "--segment", "2", "--threads", "1"]
+    sizes += ["--kernel", kernel]
+    rows = {what: row["median"] for what, row in bench("activations", *sizes).items()}
+    for name in ("selective", "recompute", "offload"):
+        assert rows[f"step, {name} / keep"] > 0
+        assert rows[f"FLOPs, {name} / formula"] == rows[f"kept, {name} / formula"] == 1.0
+        assert rows[f"loss, {name}: difference to keep"] == rows[f"gradients, {name}: largest difference to keep"] == 0.0
+    assert 1 < rows["FLOPs, selective / keep"] < rows["FLOPs, recompute / keep"] == rows["FLOPs, offload / keep"] < 4 / 3
+    assert 1 > rows["kept, selective / keep"] > rows["kept, recompute / keep"] == rows["kept, offload / keep"]
+    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("loss after 2 steps"))
+    assert len({part.split()[-1] for part in note.partition(": ")[2].split(",")}) == 1
+
+
 def test_step_of_the_deep_network_comes_from_a_fresh_process(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from deepscale import kernel
 from deepscale.activations import Block, KeepAll, OffloadInputs, Policy, Recompute, Selective
 from deepscale.bench.deep import timed
 from deepscale.bench.flops import counted_flops
@@ -36,15 +37,16 @@ def main(arguments: list[str]) -> None:
     options.size("warm-up", 2, "steps of each policy before its clock starts", low=0)
     options.size("rounds", 7, "measured rounds: one step of each policy")
     options.size("threads", len(os.sched_getaffinity(0)), "threads; the default is the cores here")
+    options.kernel()
     values, report = options.parse(arguments)
     torch.set_num_threads(values.threads)
-    settings = configuration(**settings_of(values, "depth", "width", "batch_size", "threads"), engine="torch")
+    settings = configuration(**settings_of(values, "depth", "width", "batch_size", "threads", "kernel"), engine="torch")
+    settings = kernel.choose(settings, ALONE, say, say)
     policies = [KeepAll(), Selective(), Recompute(values.segment), OffloadInputs(values.segment)]
     _times(values, settings, policies, report)
     _counts(values, settings, policies, report)
-    report.notes.append(
-        "offload on a machine without a GPU copies to the memory where the network is: its bytes and values count here, its time does not"
-    )
+    report.notes.append("offload without a GPU copies within one memory: its values and bytes are what counts here, not its time")
+    report.notes.append(f"times, bytes and values are those of the {settings.engine.kernel} kernel; FLOPs are counted in torch's operators")
     report.publish(values.json)
 
 
@@ -75,9 +77,9 @@ def _counts(values: argparse.Namespace, settings: Config, policies: list[Policy]
     flops, kept, found = {}, {}, {}
     for policy in policies:
         say(f"{values.depth:,} layers: counting {policy.name}")
-        model = policy.apply(build(settings))
-        kept[policy] = kept_bytes(model, images)
-        flops[policy] = counted_flops(partial(loss_and_gradients, model, images, labels))
+        kept[policy] = kept_bytes(policy.apply(build(settings)), images)
+        counted = policy.apply(build(settings.replace(kernel="torch")))  # whose products are seen
+        flops[policy] = counted_flops(partial(loss_and_gradients, counted, images, labels))
         found[policy] = loss_and_gradients(policy.apply(build(settings)), images, labels)
     # What is outside the stacks is the same under all policies.
     outside_flops = flops[keep] - sum(keep.flops(block, n) for block, n in stacks)
