@@ -90,6 +90,9 @@ def _blocks(text: str) -> tuple[int, ...]:
     return blocks
 
 
+parse_count = _integer(1)
+
+
 def parse_duration(text: str) -> float:
     """Seconds of "90", "90s", "5m" or "2h".
 
@@ -348,6 +351,15 @@ def differing(config: Config) -> dict[str, Any]:
     """The settings that differ from their defaults."""
     default = flat(Config())
     return {name: value for name, value in flat(config).items() if value != default[name]}
+
+
+def typed(name: str, value: Any) -> list[str]:
+    """A setting as one types it: `typed("blocks", (1, 1, 5, 1))` is `["--blocks", "1,1,5,1"]`."""
+    field = next(f for group in GROUPS for f in dataclasses.fields(group) if f.name == name)
+    flag = name.replace("_", "-")
+    if field.metadata.get("switch"):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", "none" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
 class _Parser(argparse.ArgumentParser):

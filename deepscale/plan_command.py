@@ -1,35 +1,149 @@
-"""`deepscale plan`: what a run would build and take on this machine, without running it."""
+"""`deepscale plan`: what a run would build, what it would take, and how to start it; nothing is built, and nothing of its size allocated."""
 
+import argparse
+import dataclasses
 import json
+import shlex
 import sys
+from typing import Any
 
 import torch
 
-from deepscale import config, kernel, plan, world
-from deepscale.config import GROUPS
-from deepscale.machine import measure_machine
-from deepscale.progress import gib
+from deepscale import config, kernel, plan, plan_report, world
+from deepscale.config import GROUPS, Config
+from deepscale.errors import UsageError
+from deepscale.machine import Machine, measure_machine
+from deepscale.plan_choices import Choice, deepest, placements, policies
+from deepscale.plan_network import images_of
+from deepscale.plan_time import measure_step_s
+from deepscale.world import World
+
+CONTEXT_BYTES = 2**29  # of CUDA's driver and libraries, on the device beside what torch allocates; not measured here
+# Python with torch, MLflow and the engine imported, resident (Linux, torch 2.15, deepspeed 0.19.8, mlflow 3.17).
+PROCESS_BYTES = {"deepspeed": 1_000_000_000, "torch": 750_000_000}
+DATASET_BYTES = {"fashionmnist": 70_000 * 28**2}  # held in memory; others are taken as 60,000 images of CIFAR's size
+CIFAR_BYTES = 60_000 * 3 * 32**2
+
+
+# Settings that decide what is built and what it takes: typed in the command even where the planner chose them.
+CHOSEN = ("depth", "width", "patch_size", "batch_size", "precision", "zero", "offload", "activations", "segment", "stack_size")
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the plan of these settings."""
-    parser = config.parser("deepscale plan", "What a run with these settings will build and take on this machine.")
-    parser.add_argument("--classes", type=int, default=10, help="classes of the data set (default: 10)")
-    parser.add_argument("--json", action="store_true", help="for scripts")
+    """Prints the plan of these settings. Raises UsageError for bad input, and for what does not fit."""
+    parser = config.parser("deepscale plan", "What a run with these settings will build and take, on this machine or on another.")
+    size = "24GiB, 24GB, 512MiB ..."
+    parser.add_argument("--device-memory", type=config.parse_bytes, metavar="SIZE", help=f"of the GPU to plan for: {size} (default: what is here)")
+    parser.add_argument("--host-memory", type=config.parse_bytes, metavar="SIZE", help=f"memory of the host: {size} (default: what is free here)")
+    parser.add_argument("--ranks", type=config.parse_count, default=1, metavar="N", help="processes, on one host, a GPU each (default: 1)")
+    parser.add_argument("--classes", type=config.parse_count, default=10, metavar="N", help="classes of the data set (default: 10)")
+    parser.add_argument("--max-depth", action="store_true", help="how deep each choice can go, instead of a plan for --depth")
+    parser.add_argument("--json", action="store_true", help="for scripts: one JSON object on standard output")
     config.add_arguments(parser, *GROUPS)
     given = parser.parse_args(arguments)
     asked = config.from_namespace(given)
-    place = world.World(0, 1, 0, 1, torch.device(world.choose_device(asked.engine)))
-    asked = kernel.choose(asked, place, _say, _say)
-    planned = plan.resolve(asked, place, measure_machine(place), channels=3, image_size=32, classes=given.classes)
-    memory = planned.memory
-    if given.json:
-        numbers = {"parameters": memory.parameters, "device_bytes": memory.device, "host_bytes": memory.states_host, "step_s": planned.step_s}
-        print(json.dumps(numbers | {"settings": config.flat(planned.config)}, indent=2, default=str))
-        return
-    print("\n".join(planned.notes))
-    print(f"parameters, gradients and optimiser {gib(memory.states_device + memory.states_host)}, activations kept {gib(memory.kept)}", end="")
-    print(f", one recomputed segment {gib(memory.segment)}")
+    machine, place = target(asked, given)
+    if not given.max_depth:
+        asked = kernel.choose(asked, place, _say, _say)
+    shape = {"channels": 1 if asked.data.dataset == "fashionmnist" else 3, "image_size": 32, "classes": given.classes}
+    record = {"machine": dataclasses.asdict(machine) | {"process_bytes": process_bytes(asked), "here": here(asked, given)}}
+    if given.max_depth:
+        record |= _depths(asked, machine, shape)
+    else:
+        record |= _planned(asked, given, machine, place, shape)
+    print(json.dumps(record, indent=2, default=str) if given.json else plan_report.text(record))
+
+
+def here(asked: Config, given: argparse.Namespace) -> bool:
+    """Whether the device that is planned for is this machine's, so that it can be timed."""
+    return given.device_memory is None
+
+
+def target(asked: Config, given: argparse.Namespace) -> tuple[Machine, World]:
+    """The machine that is planned for, and this process's place in it. Raises UsageError for one that cannot be."""
+    if given.device_memory is not None and asked.engine.device == "cpu":
+        raise UsageError("--device-memory is that of a GPU, and --device cpu was given; type --host-memory for a CPU's")
+    device = "cuda" if given.device_memory is not None else world.choose_device(asked.engine)
+    place = World(0, given.ranks, 0, given.ranks, torch.device(device))
+    if given.device_memory is None:
+        machine = measure_machine(place)
+    else:
+        machine = Machine(device, max(0, given.device_memory - CONTEXT_BYTES), measure_machine(_cpu(given.ranks)).host_bytes, True, given.ranks)
+    if given.host_memory is not None:
+        machine = dataclasses.replace(machine, host_bytes=given.host_memory // given.ranks)
+    machine = dataclasses.replace(machine, host_bytes=max(0, machine.host_bytes - process_bytes(asked)))
+    return (machine if device == "cuda" else dataclasses.replace(machine, device_bytes=machine.host_bytes)), place
+
+
+def _cpu(ranks: int) -> World:
+    return World(0, ranks, 0, ranks, torch.device("cpu"))
+
+
+def process_bytes(asked: Config) -> int:
+    """A training process before its network: packages, and the images in memory."""
+    return PROCESS_BYTES[asked.engine.engine] + DATASET_BYTES.get(asked.data.dataset, CIFAR_BYTES)
+
+
+def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: World, shape: dict[str, int]) -> dict[str, Any]:
+    """The plan of a run, and of all choices at its size."""
+    found = plan.resolve(asked, place, machine, **shape)
+    step_s = found.step_s
+    if step_s is None and here(asked, given):
+        step_s = measure_step_s(found.config, place, images_of(found.config, place.size, **shape))
+    flops = plan.flops_of(found.config, machine.ranks, **shape)
+    parts = found.config.recipe.accumulation * machine.ranks
+    engine = found.config.engine
+    chosen = Choice(int(engine.zero), engine.offload, engine.activations, engine.segment)  # type: ignore[arg-type]
+    free = _open(asked, found.config)
+    choices = [Choice(*where, *policy) for where in placements(free) for policy in policies(free)]
+    choices += [] if chosen in choices else [chosen]
+    return {
+        "parameters": found.memory.parameters,
+        "flops": {name: parts * value for name, value in dataclasses.asdict(flops).items()} | {"total": parts * flops.total},
+        "choices": [plan_report.choice_record(choice, choice.apply(found.config), machine, shape) for choice in choices],
+        "recommended": dataclasses.asdict(chosen),
+        "device_bytes": found.memory.device,
+        "host_bytes": found.memory.host,
+        "step_s": step_s,
+        "notes": list(found.notes),
+        "command": command(asked, found.config, machine.ranks),
+        "settings": config.flat(found.config),
+    }
+
+
+def _open(asked: Config, settings: Config) -> Config:
+    """The settings with ZeRO, offload and activation policy open again where they were not given by hand."""
+    names = ("zero", "offload", "activations", "segment")
+    return settings.replace(**{name: config.flat(asked)[name] for name in names}) if not asked.engine.deepspeed_config else settings
+
+
+def _depths(asked: Config, machine: Machine, shape: dict[str, int]) -> dict[str, Any]:
+    """How deep each choice can go, at the settings' sizes."""
+    settings = plan.settled(plan.largest(asked, machine.ranks), machine)
+    names = dict.fromkeys(name for name, _ in policies(settings))
+    rows = [
+        {"zero": zero, "offload": offload, "activations": name, "max_depth": deepest(settings, (zero, offload), name, machine, **shape)}
+        for zero, offload in placements(settings)
+        for name in names
+    ]
+    sizes = {name: config.flat(settings)[name] for name in ("width", "patch_size", "batch_size", "precision")}
+    return {"sizes": sizes, "depths": rows}
+
+
+def command(asked: Config, settings: Config, ranks: int) -> str:
+    """The command that trains as planned: what was given, and the planner's choices that decide what is built and what it takes."""
+    values, given = config.flat(settings), config.differing(asked)
+    chosen = [name for name in CHOSEN if not (name == "depth" and asked.model.blocks) and not (name in ("zero", "offload") and _fixed(asked))]
+    chosen = [name for name in chosen if not (name == "segment" and values[name] is None)]
+    parts = [part for name in [*chosen, *(name for name in given if name not in CHOSEN)] for part in config.typed(name, values[name])]
+    plain = asked.engine.engine == "torch" and ranks == 1
+    start = ["python", "-m", "deepscale.train"] if plain else ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "deepscale/train.py"]
+    return ("DS_ACCELERATOR=cpu " if settings.engine.device == "cpu" and ranks > 1 else "") + shlex.join([*start, *parts])
+
+
+def _fixed(asked: Config) -> bool:
+    """Whether ZeRO and offload are not the command's to say: a file says them, or there is none."""
+    return asked.engine.deepspeed_config is not None or asked.engine.engine == "torch"
 
 
 def _say(text: str) -> None:

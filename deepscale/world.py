@@ -32,16 +32,16 @@ class World:
         return self.rank == 0
 
     def agree(self, value: T) -> T:
-        """Rank 0's value on every rank."""
-        if self.size == 1:
+        """Rank 0's value on every rank; the value itself where nothing is distributed, as in a plan for other machines."""
+        if self.size == 1 or not dist.is_initialized():
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Summed over ranks, in place."""
-        if self.size > 1:
+        """Summed over ranks, in place; as they are where nothing is distributed."""
+        if self.size > 1 and dist.is_initialized():
             dist.all_reduce(values)
         return values
 

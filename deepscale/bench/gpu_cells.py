@@ -57,7 +57,7 @@ class Cell:
     @property
     def flops(self) -> float:
         """Of a step, with what is recomputed."""
-        return 0.0 if self.settings is None else plan.flops_of(self.settings, int(self.settings.data.batch_size), IMAGE_SIZE)
+        return 0.0 if self.settings is None else plan.flops_of(self.settings, 1, CHANNELS, IMAGE_SIZE, CLASSES).total
 
     @property
     def how(self) -> str:

@@ -5,6 +5,7 @@ C, 2C, 4C, 8C; before stages 2, 3 and 4 a norm and a 2x2 convolution of stride 2
 linear. `plain_names` maps every parameter to its name in the plain network (`reference.py`), in path order.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -212,11 +213,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-@functools.lru_cache(maxsize=1024)
 def count_parameters(model: ModelConfig, classes: int = 10, channels: int = 3) -> int:
-    """Parameters of the network, counted on the meta device: nothing is allocated."""
+    """Parameters of the network, counted: nothing is allocated."""
+    assert isinstance(model.width, int), "resolve auto first (plan.py)"
+    blocks = sum(n * block_spec(model, model.width * 2**s).parameters for s, n in enumerate(model.stage_blocks))
+    return blocks + _count_outside(dataclasses.replace(model, blocks=(1,) * STAGES), classes, channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _count_outside(model: ModelConfig, classes: int, channels: int) -> int:
+    """Parameters of a network on the meta device that belong to none of its blocks."""
     with torch.device("meta"):
-        return sum(p.numel() for p in ConvNeXt(model, classes=classes, channels=channels).parameters())
+        network = ConvNeXt(model, classes=classes, channels=channels)
+    return sum(p.numel() for name, p in network.named_parameters() if ".stacks." not in name)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

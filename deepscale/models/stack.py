@@ -17,6 +17,7 @@ held at once and stay in cache, at no more tensors. Tensors stay in channels-las
 and the rest rows (M, C) of the same memory.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +57,11 @@ class BlockSpec:
         if self.gamma != "none":
             shapes["gamma"] = (1,) if self.gamma == "scalar" else (c,)
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of one block."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
 
 class Store(Protocol):

@@ -1,0 +1,139 @@
+"""Bytes of a training step before it runs: the peak over the moments of a step, and what it is made of.
+
+On a CPU bytes are counted over the process just before the network is built, with everything imported; on a GPU they are those
+that torch allocates, beside which the driver's context takes some hundred MiB of its own.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deepscale.config import Config
+from deepscale.models.convnext import count_parameters
+from deepscale.plan_network import Needs, Stage, images_of, kept_on_host, needs_of, stages_of
+from deepscale.plan_states import States, states_of
+
+# On a CPU glibc gives tensors of 32 MiB and more back to the system, smaller ones only at the end of its heap. So the heap's peak stays, with
+# holes between what lives long, and with as much again for small tensors that come and go: freed memory that was aligned is seldom found again.
+HOLES = 0.08
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes on the device at one moment of a step: in flat buffers, and in other tensors, of which `passing` are small and soon freed."""
+
+    name: str
+    flat: int
+    heap: int
+    passing: int = 0
+    host: int = 0  # bytes of what is offloaded
+
+    @property
+    def bytes(self) -> int:
+        """All of them on the device."""
+        return self.flat + self.heap
+
+    @property
+    def heap_taken(self) -> int:
+        """What glibc's heap takes from the system for them."""
+        return self.heap + max(self.passing, int(HOLES * self.heap))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per rank of a training step, by cause.
+
+    parameters: their number. states: weights, gradients, optimiser and their buffers. kept, kept_host: what the forward pass leaves
+    for backward. segment: the peak of one recomputed segment of blocks. workspace: besides it, what one block and one stack need in
+    passing. data: a batch. retained: what malloc holds beyond the fullest moment.
+    """
+
+    parameters: int
+    states: States
+    kept: int
+    kept_host: int
+    segment: int
+    workspace: int
+    data: int
+    retained: int
+    moments: tuple[Moment, ...]
+    one_memory: bool  # the device is a CPU
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device at the peak."""
+        return max(moment.bytes for moment in self.moments) + self.retained
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host of what is offloaded."""
+        return self.states.host + self.kept_host
+
+    @property
+    def states_device(self) -> int:
+        """Weights, gradients and optimiser on the device."""
+        return self.states.weights + self.states.gradients + self.states.optimizer
+
+    @property
+    def states_host(self) -> int:
+        """Weights, gradients and optimiser on the host."""
+        return self.states.host
+
+    @property
+    def total(self) -> int:
+        """Bytes on device and host; where they are the same memory, at the fullest moment."""
+        if not self.one_memory:
+            return self.device + self.host
+        return max(m.bytes + m.host for m in self.moments) + self.retained
+
+
+def memory_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Memory:
+    """Bytes of a step of a configuration that holds no `auto`, on each of `ranks` ranks."""
+    images = images_of(config, ranks, channels, image_size, classes)
+    stages = stages_of(config, images)
+    parameters = count_parameters(config.model, classes, channels)
+    states = states_of(config, parameters, ranks)
+    needs = needs_of(config, stages, images)
+    data = 2 * images.bytes  # the batch as uint8 and its crops, and the one after it
+    host = states.host + kept_on_host(config, stages)
+    moments = (
+        Moment("start", states.start if states.flat else 0, 0 if states.flat else states.start),
+        *(dataclasses.replace(m, host=host) for m in (_forward(states, needs, data), *_backward(states, stages, needs, data))),
+    )
+    cpu = config.engine.device != "cuda"
+    taken = states.holes + max(m.heap_taken for m in moments)
+    retained = max(m.flat + m.host for m in moments) + taken - max(m.bytes + m.host for m in moments) if cpu else 0
+    kept, segment, work = sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)
+    return Memory(parameters, states, kept, host - states.host, segment, work, data, retained, moments, cpu)
+
+
+def _resting(states: States, data: int) -> tuple[int, int]:
+    """(flat, heap) bytes that are there all the time from the second step on."""
+    resting = states.weights + states.optimizer + states.buffers
+    return (resting, data) if states.flat else (0, resting + data)
+
+
+def _forward(states: States, needs: list[Needs], data: int) -> Moment:
+    """The end of the forward pass."""
+    flat, heap = _resting(states, data)
+    return Moment("forward", flat, heap + sum(need.kept for need in needs) + max(need.forward for need in needs))
+
+
+def _backward(states: States, stages: list[Stage], needs: list[Needs], data: int) -> Iterator[Moment]:
+    """Each stage's first and last stack, from the last stage to the first: gradients grow while what was kept is used up. Then the step."""
+    flat, heap = _resting(states, data)
+    done = 0
+    for s in reversed(range(len(stages))):
+        need, before = needs[s], sum(need.kept for need in needs[:s])
+        for left, gradients in ((before + need.kept, done), (before, done + 4 * stages[s].parameters)):
+            piled = gradients if states.piled else 0
+            arrived = min(gradients, states.gradients) if states.flat else 0
+            taken = heap + left + piled + need.segment + need.work
+            yield Moment(f"backward, stage {s + 1}", flat + states.gathered + arrived, taken, need.small)
+        done += 4 * stages[s].parameters
+    piled = done if states.piled else 0
+    if states.flat:
+        yield Moment("end of backward", flat + states.gathered + states.gradients, heap + piled)
+        yield Moment("step", flat + states.gradients + states.stepping, heap)
+    else:
+        yield Moment("end of backward", flat, heap + piled + states.arrived)

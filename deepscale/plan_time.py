@@ -1,0 +1,133 @@
+"""Seconds of an optimiser step before it runs: each part of it timed for a moment on this machine, and multiplied out.
+
+Parts: a stack of blocks of each stage; stem, downsamplings and head; clipping and AdamW for every parameter; what DeepSpeed does for
+every parameter and every tensor.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deepscale.activations import policy_of
+from deepscale.config import Config
+from deepscale.models.components import LOW_PRECISION
+from deepscale.models.convnext import Convolution, Head, block_spec, count_parameters, outer_norm
+from deepscale.models.stack import BlockStack
+from deepscale.optim import build_optimizer
+from deepscale.plan_network import Images, Stage, stages_of
+from deepscale.world import World
+
+MEASURE_S = 0.1  # of each part
+RATE_ELEMENTS = 2**23  # 32 MiB of float32: no cache holds them, and malloc gives them back each time, as it does the engine's buffers
+# Copies into fresh memory that a step takes for every parameter, by ZeRO stage: buckets, the share's gradients, float64 norms, the flat
+# gradient, the weights from their master copy. Fitted to steps of 1,004 and 10,001 layers (docs/findings.md).
+PASSES = {0: 3.0, 1: 8.0, 2: 8.0, 3: 12.0}
+TENSOR_S = {0: 2e-5, 1: 1e-4, 2: 1e-4, 3: 4e-4}  # of DeepSpeed's Python for every parameter tensor
+
+
+def measure_step_s(config: Config, world: World, images: Images) -> float:
+    """Seconds of one optimiser step, measured in a few seconds. Every rank measures on its own."""
+    stages = stages_of(config, images)
+    blocks = sum(_stage_s(config, world, stage, images.micro) for stage in stages)
+    passes = blocks + _outside_s(config, world, stages, images)
+    parameters = count_parameters(config.model, images.classes, images.channels)
+    return config.recipe.accumulation * passes + _update_s(config, world, parameters, sum(len(stage.stacks) for stage in stages))
+
+
+def _stage_s(config: Config, world: World, stage: Stage, micro: int) -> float:
+    """All blocks of a stage, forward and backward: a stack of them, as long as that does not take long."""
+    # Ranks measure on their own, and not equally often: nothing may wait for another.
+    spec = dataclasses.replace(block_spec(config.model, stage.channels), sync_batchnorm=False)
+
+    def seconds(n: int) -> float:
+        stack = policy_of(config).apply(BlockStack(spec, 0, n))
+        stack.kernel = config.engine.kernel
+        return _passes_s(config, world, stack, _input(world, stage, micro))
+
+    one = seconds(1)
+    blocks = sum(stage.stacks)
+    many = min(max(stage.stacks), int(2 * MEASURE_S / one))
+    return blocks * one if many < 2 else blocks / many * seconds(many)
+
+
+def _outside_s(config: Config, world: World, stages: list[Stage], images: Images) -> float:
+    """Stem, downsamplings and head, forward and backward."""
+    kind, total = outer_norm(config.model), 0.0
+    side = images.side
+    for stage in stages:
+        first = stage is stages[0]
+        x = torch.randn(images.micro, stage.before, side, side, device=world.device).contiguous(memory_format=torch.channels_last)
+        convolution = Convolution(kind, False, (stage.before, stage.channels), stage.kernel, norm_first=not first)
+        total += _passes_s(config, world, convolution, x if first else x.requires_grad_())
+        side //= stage.kernel
+    head = Head(kind, False, stages[-1].channels, images.classes)
+    return total + _passes_s(config, world, head, _input(world, stages[-1], images.micro))
+
+
+def _input(world: World, stage: Stage, micro: int) -> Tensor:
+    """A random input of a stage's blocks."""
+    side = round((stage.rows / micro) ** 0.5)
+    return torch.randn(micro, stage.channels, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor) -> float:
+    """One forward and backward pass of a module with random weights."""
+    module.to(world.device)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    low = LOW_PRECISION.get(config.engine.precision)
+
+    def run() -> None:
+        with torch.autocast(world.device.type, dtype=low, enabled=low is not None):
+            y = module(x)
+        y.backward(y.detach())
+
+    return _mean_s(run, world)
+
+
+def _update_s(config: Config, world: World, parameters: int, stacks: int) -> float:
+    """Clipping, AdamW and what DeepSpeed does with gradients and weights."""
+    update, copy = _rates(world, torch.get_num_threads())
+    share = parameters / world.size if config.engine.zero != 0 else parameters
+    seconds = update * share
+    if config.engine.engine == "deepspeed":
+        tensors = 9 * stacks + 20
+        seconds += PASSES[int(config.engine.zero)] * copy * share + TENSOR_S[int(config.engine.zero)] * tensors
+    return seconds
+
+
+@functools.lru_cache
+def _rates(world: World, threads: int) -> tuple[float, float]:
+    """Seconds for one parameter: of clipping and AdamW, and of a copy into fresh memory."""
+    module = nn.ParameterList([torch.zeros(RATE_ELEMENTS, device=world.device)])
+    weight = module[0]
+    weight.grad = torch.zeros_like(weight)
+    optimizer = build_optimizer(module, Config().recipe)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    updated = _mean_s(update, world)
+    return updated / RATE_ELEMENTS, _mean_s(weight.grad.clone, world) / RATE_ELEMENTS
+
+
+def _mean_s(run: Callable[[], object], world: World) -> float:
+    """The mean of `MEASURE_S`, not the best: on a busy machine threads that wait for each other are what a step costs."""
+    runs, spent = -1, 0.0  # the first run is not counted: it allocates
+    while runs < 1 or (spent < MEASURE_S and runs < 50):
+        _synchronise(world)
+        begin = time.perf_counter()
+        run()
+        _synchronise(world)
+        runs, spent = runs + 1, spent + (time.perf_counter() - begin if runs >= 0 else 0.0)
+    return spent / runs
+
+
+def _synchronise(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
