@@ -1,7 +1,7 @@
 """`deepscale prepare`: everything that needs a network, a compiler or minutes, done on a login node.
 
-Downloads the data set, writes FFCV's .beton, builds DeepSpeed's CPU ops into a folder, and checks the ops as a compute node
-will meet them: in a fresh process that finds no compiler.
+Downloads the data set, writes FFCV's .beton, builds the CPU ops (the blocks' kernel, DeepSpeed's optimiser) into a folder, and
+checks them as a compute node will meet them: in a fresh process that finds no compiler.
 """
 
 import os
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     """Prepares data and ops, and prints what to set on compute nodes. Raises UsageError for what cannot be done."""
     command = parser("deepscale prepare", "Download, convert and build on a login node what compute nodes need.")
     add_arguments(command, DataConfig)
-    command.add_argument("--ops-dir", metavar="D", help="folder for DeepSpeed's CPU ops (default: .deepscale/ops in the data folder)")
+    command.add_argument("--ops-dir", metavar="D", help="folder for the CPU ops (default: .deepscale/ops in the data folder)")
     values = command.parse_args(arguments)
     data = from_namespace(values).data
     os.environ["DS_ACCELERATOR"] = "cpu"  # these ops are the CPU's, whatever a login node has

@@ -74,7 +74,7 @@ def test_no_absolute_path_of_a_machine() -> None:
     assert not lines_with(r"(?<![\w.~$}])/(home|root|Users|work|scratch)/\w")
 
 
-def test_the_wheel_finds_the_deepspeed_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_has_the_deepspeed_configurations_and_the_kernels_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hatchling = pytest.importorskip("hatchling.build")
     monkeypatch.chdir(REPOSITORY)
     wheel = tmp_path / hatchling.build_wheel(str(tmp_path))
@@ -84,6 +84,7 @@ def test_the_wheel_finds_the_deepspeed_configurations(tmp_path: Path, monkeypatc
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     expected = [tmp_path / "installed" / "deepscale" / "ds_configs" / f"{name}.json" for name in ds_config_names()]
     assert [Path(line) for line in done.stdout.splitlines()] == expected
+    assert (tmp_path / "installed" / "deepscale" / "models" / "native" / "block.cpp").is_file()
 
 
 def test_an_unknown_configuration_lists_the_known() -> None:
