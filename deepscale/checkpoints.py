@@ -100,7 +100,9 @@ def network_of(metadata: dict[str, str]) -> ConvNeXt:
         described = json.loads(metadata["deepscale"])
         fields = described["model"] | {"blocks": tuple(described["model"]["blocks"])}
         model = config.ModelConfig(**fields)
-        return ConvNeXt(model, classes=described["classes"], channels=described["channels"], stack_size=described["stack_size"])
+        size = described["stack_size"]
+        size = tuple(size) if isinstance(size, list) else int(size)
+        return ConvNeXt(model, classes=described["classes"], channels=described["channels"], stack_size=size)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the description of the file's network cannot be read ({error!r}): export it with the version that wrote it") from None
 

@@ -16,6 +16,7 @@ from deepscale.errors import UsageError, unknown_choice
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
+StackSize = int | tuple[int, ...]  # blocks per stack: of every stage, or of each
 
 
 # ------------------------------------------------------------------------------------------------- values and their text
@@ -86,11 +87,15 @@ def _blocks(text: str) -> tuple[int, ...]:
     except ValueError:
         blocks = ()
     if len(blocks) != 4 or min(blocks) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of blocks, each at least 1; type for example --blocks 1,1,5,1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of blocks, each at least 1; type for example 1,1,5,1")
     return blocks
 
 
 parse_count = _integer(1)
+
+
+def _stack_size(text: str) -> StackSize:
+    return _blocks(text) if "," in text else parse_count(text)
 
 
 def parse_duration(text: str) -> float:
@@ -270,7 +275,11 @@ class EngineConfig(_Checked):
         _choice((AUTO, *ACTIVATION_POLICIES)),
         short={"--recompute": "recompute", "--no-recompute": "keep"},
     )
-    stack_size: int | Auto = _option(AUTO, "blocks per stack, which share their parameter tensors; auto: about sqrt(blocks)", _auto(_integer(1)))
+    stack_size: StackSize | Auto = _option(
+        AUTO,
+        "blocks per stack, which share their parameter tensors, or a,b,c,d per stage; auto: sqrt(blocks) in stage 3, as many parameters elsewhere",
+        _auto(_stack_size),
+    )
     segment: int | None | Auto = _option(
         AUTO,
         "blocks recomputed together, with --activations recompute or offload; auto: 4, or about sqrt(blocks / 10) where memory is short; "

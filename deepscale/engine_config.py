@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from deepscale.config import AUTO, Config
 from deepscale.errors import UsageError
-from deepscale.models.convnext import count_parameters, default_stack_size, stack_tensors
+from deepscale.models.convnext import count_parameters, stack_tensors
 from deepscale.paths import ds_config_path
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -192,8 +192,7 @@ def _filled(zero: Settings, config: Config) -> Settings:
 
 def _stacks(config: Config) -> list[list[int]]:
     """Elements of each parameter of each stack."""
-    size = config.engine.stack_size
-    return stack_tensors(config.model, default_stack_size(config.model.stage_blocks) if size == AUTO else size)
+    return stack_tensors(config.model, config.engine.stack_size)
 
 
 def _sizes(config: Config) -> dict[str, int]:

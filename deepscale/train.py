@@ -133,7 +133,7 @@ def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
     """The planned network with its initial values, on the run's device."""
     with place.device:  # a GPU's parameters are filled where they are: the host may have less memory, and needs none
-        model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=int(settings.engine.stack_size))
+        model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=settings.engine.stack_size)
     activations.policy_of(settings).apply(model)
     use_kernel(model, settings.engine.kernel)
     torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth

@@ -15,7 +15,7 @@ from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
 from deepscale.errors import MissingPackageError, UsageError
-from deepscale.models.convnext import split_evenly
+from deepscale.models.convnext import stack_blocks
 
 Rows = dict[str, dict[str, Any]]
 
@@ -381,8 +381,7 @@ def test_recomputation_keeps_an_input_per_segment() -> None:
 
     settings = networks.configuration(depth=110, width=8, batch_size=2)
     fewer = 0
-    for stage, blocks in enumerate(settings.model.stage_blocks):
-        stacks = split_evenly(blocks, int(settings.engine.stack_size))
+    for stage, stacks in enumerate(stack_blocks(settings.model.stage_blocks, settings.engine.stack_size)):
         fewer += sum(n // 2 for n in stacks) * 2 * (8 * 2**stage) * (32 // 2**stage) ** 2 * 4
     assert kept(1) - kept(2) == fewer > 0
     assert kept(0) > 5 * kept(1)

@@ -60,7 +60,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "deepspeed_config": ("ds.json", "ds.json"),
     "precision": ("bf16", "bf16"),
     "activations": ("recompute", "recompute"),
-    "stack_size": ("10", 10),
+    "stack_size": ("8,4,2,1", (8, 4, 2, 1)),
     "segment": ("5", 5),
     "device": ("cpu", "cpu"),
     "kernel": ("torch", "torch"),

@@ -12,9 +12,9 @@ from policies import in_segments
 from torch import Tensor, nn
 
 from deepscale.activations import Recompute
-from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, ModelConfig, RecipeConfig
+from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
 from deepscale.models.components import RunningStatistics, commit_running_statistics
-from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly
+from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly, stack_blocks, stack_tensors
 from deepscale.models.initial import STD, fill
 from deepscale.models.naming import load_plain, to_plain
 from deepscale.models.reference import PlainBlock, PlainConvNeXt
@@ -423,15 +423,36 @@ def test_a_split_keeps_every_block(blocks: int) -> None:
         assert len(parts) == math.ceil(blocks / largest)
 
 
+@pytest.mark.parametrize("depth", [26, 110, 1004, 10_001, 100_000])
+def test_stacks_hold_about_as_many_parameters_in_every_stage(depth: int) -> None:
+    """Stages of several stacks have none below half of the largest, which is sqrt(blocks) blocks of the third stage."""
+    model = ModelConfig(depth=depth, width=16)
+    sizes = stack_blocks(model.stage_blocks)
+    assert [sum(stage) for stage in sizes] == list(model.stage_blocks)
+    elements = [[n * 4**s for n in stage] for s, stage in enumerate(sizes)]  # but for biases
+    largest = max(map(max, elements))
+    assert largest <= 16 * math.sqrt(sum(model.stage_blocks)) + 64  # to a block of the last stage
+    assert all(min(stage) >= largest / 2 for stage in elements if len(stage) > 2)
+
+
+@pytest.mark.parametrize("stack_size", ["auto", 5, (9, 2, 4, 1)])
+def test_stacks_are_counted_as_they_are_built(stack_size: StackSize | Auto) -> None:
+    model = ModelConfig(depth=110, width=4, patch_size=1)
+    with torch.device("meta"):
+        built = [module for module in ConvNeXt(model, stack_size=stack_size).modules() if isinstance(module, BlockStack)]
+    assert [stack.blocks for stack in built] == [n for stage in stack_blocks(model.stage_blocks, stack_size) for n in stage]
+    assert [[p.numel() for p in stack.parameters()] for stack in built] == stack_tensors(model, stack_size)
+
+
 def test_stacks_keep_the_number_of_tensors_small() -> None:
-    """10,001 layers are about sqrt(3,333) stacks: a hundredth of the plain network's tensors."""
+    """10,001 layers are little more than sqrt(3,333) stacks: a 48th of the plain network's tensors."""
     model = ModelConfig(depth=10_001, width=4, patch_size=1)
     with torch.device("meta"):
         stacked = ConvNeXt(model)
     stacks = [module for module in stacked.modules() if isinstance(module, BlockStack)]
     assert sum(stack.blocks for stack in stacks) == 3_333
-    assert max(stack.blocks for stack in stacks) <= default_stack_size(model.stage_blocks) == 58
-    assert len(list(stacked.parameters())) < 3_333 * 9 / 50
+    assert default_stack_size(model.stage_blocks) == (278, 231, 58, 14)
+    assert len(list(stacked.parameters())) < 3_333 * 9 / 48
 
 
 # ------------------------------------------------------------------------------------------------------------- precision

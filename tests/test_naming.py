@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepscale import checkpoints
-from deepscale.config import Config, ModelConfig
+from deepscale.config import Config, ModelConfig, StackSize
 from deepscale.data.splits import DatasetInfo
 from deepscale.errors import UsageError
 from deepscale.export import main as export
@@ -34,7 +34,7 @@ def config(**settings: Any) -> ModelConfig:
     return ModelConfig(**{"blocks": BLOCKS, "width": 4, "patch_size": 1, **settings})
 
 
-def stacked_network(model: ModelConfig, *, stack_size: int = 3, seed: int = 0, **shape: int) -> ConvNeXt:
+def stacked_network(model: ModelConfig, *, stack_size: StackSize = 3, seed: int = 0, **shape: int) -> ConvNeXt:
     """Every value of its state is a different one."""
     network = ConvNeXt(model, stack_size=stack_size, **shape)
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +151,7 @@ def info(classes: int = 7, channels: int = 1) -> DatasetInfo:
     )  # fmt: skip
 
 
-def saved(folder: Path, model: ModelConfig, stack_size: int = 3) -> tuple[Path, ConvNeXt]:
+def saved(folder: Path, model: ModelConfig, stack_size: StackSize = 3) -> tuple[Path, ConvNeXt]:
     """A weights file as training writes it, and its network."""
     network = stacked_network(model, stack_size=stack_size, classes=7, channels=1)
     settings = Config(model=model).replace(stack_size=stack_size)
@@ -186,10 +186,11 @@ def test_export_and_back_is_the_file_that_training_wrote(settings: dict[str, Any
     assert checkpoints.read(plain)[1]["layout"] == "plain"
 
 
-def test_a_file_remembers_its_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack_size", [2, (1, 1, 4, 1)])
+def test_a_file_remembers_its_network(tmp_path: Path, stack_size: StackSize) -> None:
     """Of a depth without blocks, as the settings may be: the rebuilt network against the saved one, stack by stack."""
     model = ModelConfig(depth=29, width=4, patch_size=2, kernel_size=5, activation="silu", norm="rmsnorm", layerscale_init=None, drop_path=0.1)
-    path, network = saved(tmp_path, model, stack_size=2)
+    path, network = saved(tmp_path, model, stack_size=stack_size)
     state, metadata = checkpoints.read(path)
     rebuilt = checkpoints.network_of(metadata)
     rebuilt.load_state_dict(state)

@@ -24,7 +24,7 @@ def build(settings: Config, device: torch.device, plain: bool = False) -> nn.Mod
     with torch.device("meta"):
         model: nn.Module = PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS)
         if not plain:
-            model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
+            model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=settings.engine.stack_size)
     model.to_empty(device=device)
     fill(model, settings.model.gamma_init or 0.0)
     return policy_of(settings).apply(model)

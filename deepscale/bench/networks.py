@@ -62,7 +62,7 @@ def build(settings: Config, plain: bool = False) -> nn.Module:
     """The network with its initial values: stacked, or plain as published."""
     if plain:
         return PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS).initialise(SEED)
-    model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=int(settings.engine.stack_size))
+    model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=settings.engine.stack_size)
     use_kernel(model, settings.engine.kernel)
     return policy_of(settings).apply(model).initialise(SEED)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepscale.config import ModelConfig
+from deepscale.config import AUTO, Auto, ModelConfig, StackSize
 from deepscale.depth import STAGES
 from deepscale.models.components import ChannelNorm, RunningStatistics
 from deepscale.models.initial import fill
@@ -33,9 +33,14 @@ def block_spec(model: ModelConfig, channels: int) -> BlockSpec:
     return BlockSpec(channels, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm)
 
 
-def default_stack_size(stage_blocks: tuple[int, ...]) -> int:
-    """About sqrt(blocks): the size that balances kept inputs against one recomputed stack (arXiv:1604.06174)."""
-    return max(1, round(math.sqrt(sum(stage_blocks))))
+def default_stack_size(stage_blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks per stack of each stage: about sqrt(blocks) in the third stage, which has most, and as many parameters in the others.
+
+    A block has four times the parameters of one in the stage before. Stacks of equal parameters make what is whole at one time
+    small, gradients before they are averaged and weights that ZeRO-3 has gathered, at no more tensors than stacks of equal blocks.
+    """
+    largest = math.sqrt(sum(stage_blocks))
+    return tuple(min(blocks, max(1, round(largest * 4.0 ** (2 - s)))) for s, blocks in enumerate(stage_blocks))
 
 
 def smallest_segment(stage_blocks: tuple[int, ...]) -> int:
@@ -49,13 +54,20 @@ def split_evenly(blocks: int, largest: int) -> list[int]:
     return [blocks * (i + 1) // parts - blocks * i // parts for i in range(parts)]
 
 
-def stack_tensors(model: ModelConfig, stack_size: int) -> list[list[int]]:
+def stack_blocks(stage_blocks: tuple[int, ...], stack_size: StackSize | Auto = AUTO) -> list[list[int]]:
+    """Blocks of each stack of each stage; `stack_size` is the most, one number for all stages or one for each."""
+    size = default_stack_size(stage_blocks) if stack_size == AUTO else stack_size
+    sizes = (size,) * STAGES if isinstance(size, int) else size
+    return [split_evenly(blocks, largest) for blocks, largest in zip(stage_blocks, sizes, strict=True)]
+
+
+def stack_tensors(model: ModelConfig, stack_size: StackSize | Auto = AUTO) -> list[list[int]]:
     """Elements of each parameter of each stack, in path order: the stacks that ConvNeXt builds. Counted, nothing is allocated."""
     assert isinstance(model.width, int), "resolve auto first (plan.py)"
     stacks = []
-    for s, blocks in enumerate(model.stage_blocks):
+    for s, sizes in enumerate(stack_blocks(model.stage_blocks, stack_size)):
         shapes = block_spec(model, model.width * 2**s).shapes().values()
-        stacks += [[n * math.prod(shape) for shape in shapes] for n in split_evenly(blocks, stack_size)]
+        stacks += [[n * math.prod(shape) for shape in shapes] for n in sizes]
     return stacks
 
 
@@ -114,23 +126,22 @@ class PlainName:
 class ConvNeXt(nn.Module):
     """images (B, channels, H, W) -> logits (B, classes).
 
-    `width` and `patch_size` must be resolved numbers. `stack_size` (blocks per stack) changes no value.
+    `width` and `patch_size` must be resolved numbers. `stack_size` (stack_blocks) changes no value.
     """
 
-    def __init__(self, model: ModelConfig, *, classes: int = 10, channels: int = 3, stack_size: int | None = None) -> None:
+    def __init__(self, model: ModelConfig, *, classes: int = 10, channels: int = 3, stack_size: StackSize | Auto = AUTO) -> None:
         super().__init__()
         assert isinstance(model.width, int) and isinstance(model.patch_size, int), "resolve auto first (plan.py)"
         self.config = model
         blocks = model.stage_blocks
-        largest = stack_size or default_stack_size(blocks)
-        kind, sync, total = outer_norm(model), model.sync_batchnorm, sum(blocks)
+        kind, sync, total, sizes = outer_norm(model), model.sync_batchnorm, sum(blocks), stack_blocks(blocks, stack_size)
         self.stem = Convolution(kind, sync, (channels, model.width), model.patch_size, norm_first=False)
         stages, done = [], 0
         for s in range(STAGES):
             width = model.width * 2**s
             downsample = Convolution(kind, sync, (width // 2, width), 2, norm_first=True) if s else None
             stacks, first = [], 0
-            for n in split_evenly(blocks[s], largest):
+            for n in sizes[s]:
                 rates = drop_rates(model.drop_path, done + first, n, total)
                 stacks.append(BlockStack(block_spec(model, width), first, n, rates))
                 first += n
