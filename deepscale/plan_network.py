@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from deepscale.activations import Block, policy_of
 from deepscale.config import IN_SEGMENTS, Config, ModelConfig
 from deepscale.depth import STAGES
-from deepscale.models.convnext import block_spec, outer_norm, split_evenly
+from deepscale.models.convnext import block_spec, outer_norm, stack_blocks
 
 STREAM_BYTES = 4
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -93,13 +93,13 @@ def stages_of(config: Config, images: Images) -> list[Stage]:
     model, stages = config.model, list[Stage]()
     norm = {"none": 0, "rmsnorm": 1}.get(outer_norm(model), 2)
     before, kernel = images.channels, int(model.patch_size)
-    for blocks, rows, width in stage_shapes(model, images.micro, images.side):
+    sizes = stack_blocks(model.stage_blocks, config.engine.stack_size)
+    for own, (blocks, rows, width) in zip(sizes, stage_shapes(model, images.micro, images.side), strict=True):
         spec = block_spec(model, width)
         block = Block(spec, rows, STREAM_BYTES, BRANCH_BYTES[config.engine.precision], model.drop_path > 0)
         normed = before if stages else width  # the stem's norm comes after its convolution
         outer = before * width * kernel**2 + width + norm * normed
-        stacks = tuple(split_evenly(blocks, int(config.engine.stack_size)))
-        stages.append(Stage(block, stacks, before, kernel, blocks * spec.parameters + outer))
+        stages.append(Stage(block, tuple(own), before, kernel, blocks * spec.parameters + outer))
         before, kernel = width, 2
     return stages
 
