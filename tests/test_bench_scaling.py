@@ -49,6 +49,7 @@ def test_a_constant_bends_the_whole_range_and_not_the_deep_half() -> None:
     laws = fits_of({n: 1.0 + 0.01 * n for n in DEPTHS})
     assert laws["all"].exponent < 0.8 < 0.9 < laws["deep half"].exponent < 1.0
     assert (laws["deep half"].first, laws["deep half"].last) == (1_004, 10_001)
+    assert fits_of({n: float(n) for n in DEPTHS[:4]})["deep half"].first == 110  # of four depths three, not two
 
 
 # ------------------------------------------------------------------------------------------------------------- the bench
@@ -106,7 +107,7 @@ def test_exponents_and_goals_come_from_the_measurements(made_up: list[Mapping[st
     assert fits["growth"][PLAIN]["all"]["exponent"] == pytest.approx(1.0)
     assert fits["kept"][STACKED]["all"]["exponent"] == pytest.approx(1.0)
     assert 0.45 < fits["kept"][SMALLEST]["deep half"]["exponent"] < 0.55
-    step, start, kept = record["rows"]
+    step, start, _, kept = record["rows"]
     assert (step["median"], start["median"]) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.5))
     assert [row["reached"] for row in (step, start, kept)] == [True, True, True]
     table = {(row["network"], row["layers"]): row for row in record["records"]}

@@ -137,9 +137,9 @@ def _kept(values: argparse.Namespace, depth: int, segment: int, plain: bool) -> 
 
 
 def fits_of(curve: dict[int, float]) -> dict[str, Fit]:
-    """The laws of a curve over all its depths and over the deeper half of them."""
+    """The laws of a curve over all its depths and over the deeper half of them, at least three: two are always on a line."""
     layers = sorted(curve)
-    half = layers[len(layers) // 2 :]
+    half = layers[-max(3, (len(layers) + 1) // 2) :]
     return {"all": fit(layers, [curve[n] for n in layers]), "deep half": fit(half, [curve[n] for n in half])}
 
 
@@ -150,11 +150,12 @@ def _report(values: argparse.Namespace, curves: Curves, report: Report) -> None:
             cells = {f"{quantity}, {unit}": curves[quantity].get(name, {}).get(layers, "") for quantity, (unit, _) in QUANTITIES.items()}
             report.records.append({"network": name, "layers": f"{layers:,}", **cells})
     fits = {quantity: {name: fits_of(curve) for name, curve in found.items() if len(curve) >= 4} for quantity, found in curves.items()}
-    step, start = fits["step"][STACKED]["deep half"], fits["start"][STACKED]["deep half"]
+    step, start, start_deep = fits["step"][STACKED]["deep half"], fits["start"][STACKED]["all"], fits["start"][STACKED]["deep half"]
     kept = fits["kept"][SMALLEST]["deep half"]
     report.rows = [
         Row(f"step of {STACKED}: distance of the exponent from 1, {_over(step)}", "", (abs(step.exponent - 1),), GOAL_STEP),
         Row(f"start of {STACKED}: exponent, {_over(start)}", "", (start.exponent,), GOAL_START),
+        Row(f"start of {STACKED}: exponent, {_over(start_deep)}", "", (start_deep.exponent,)),
         Row(f"kept by {SMALLEST}: exponent, {_over(kept)}", "", (kept.exponent,), GOAL_KEPT),
     ]
     for quantity, by_name in fits.items():
