@@ -198,6 +198,8 @@ def draw(curves: Curves, depths: Sequence[int], out: Path) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.minorticks_off()
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8, title="lines: laws of the deeper half", title_fontsize=8)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.3)  # the legend lies above what is drawn
+        axis.legend(loc="upper left", frameon=False, fontsize=8, title="lines: laws of the deeper half", title_fontsize=8)
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
