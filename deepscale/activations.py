@@ -23,7 +23,8 @@ from torch import nn
 
 from deepscale.config import Config
 from deepscale.host_store import HostStore
-from deepscale.models.stack import BlockSpec, BlockStack, Keeping
+from deepscale.models.block import BlockSpec
+from deepscale.models.stack import BlockStack, Keeping
 
 M = TypeVar("M", bound=nn.Module)
 # Row means of a norm's forward and backward are products with a vector of ones (components.py).

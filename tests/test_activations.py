@@ -14,9 +14,10 @@ from deepscale.bench.kept import Alive
 from deepscale.config import ACTIVATION_NAMES, ACTIVATION_POLICIES, IN_SEGMENTS, NORM_NAMES, SKIP_NAMES, Config
 from deepscale.engine import TorchEngine
 from deepscale.loop import train_step
+from deepscale.models.block import TorchWork
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.observe import BlockObserver
-from deepscale.models.stack import BlockStack, _Work
+from deepscale.models.stack import BlockStack
 from deepscale.world import World
 
 OTHERS: list[Policy] = [Selective(), Recompute(1), Recompute(2), Recompute(9), OffloadInputs(1), OffloadInputs(2)]
@@ -182,14 +183,14 @@ def test_what_is_kept_is_the_formula_to_the_byte(spec: dict[str, Any], rates: bo
 
 def alive_in_backward(policy: Policy, low: bool, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> tuple[int, Block]:
     """Bytes alive when the backward of the last of 6 blocks begins: all that is kept, and all that its segment has made anew."""
-    stack, begin, seen = policy.apply(stack_of(6, dtype=torch.float32, **spec)), _Work.backward, []
+    stack, begin, seen = policy.apply(stack_of(6, dtype=torch.float32, **spec)), TorchWork.backward, []
 
-    def backward(work: _Work, *given: Any) -> Tensor:
+    def backward(work: TorchWork, *given: Any) -> Tensor:
         seen.append(alive.bytes)
         return begin(work, *given)
 
     with monkeypatch.context() as patch, Alive([*stack.parameters(), *stack.buffers()]) as alive:
-        patch.setattr(_Work, "backward", backward)
+        patch.setattr(TorchWork, "backward", backward)
         x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
             out = stack(x)

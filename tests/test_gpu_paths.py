@@ -12,9 +12,10 @@ from deepscale import engine
 from deepscale.activations import POLICIES, KeepAll, Policy, Recompute
 from deepscale.bench import gpu_check
 from deepscale.bench.networks import Training, random_batch
+from deepscale.models.block import BlockSpec
 from deepscale.models.components import LayerStandardise
 from deepscale.models.convnext import ConvNeXt
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 from deepscale.optim import parameter_groups
 from deepscale.world import World
 

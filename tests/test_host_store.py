@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deepscale.activations import KeepAll, OffloadInputs, Policy
 from deepscale.host_store import HostStore
-from deepscale.models.stack import BlockStack, _Work
+from deepscale.models.block import TorchWork
+from deepscale.models.stack import BlockStack
 
 BLOCKS, SEGMENT = 5, 2
 INPUT = 2 * C * 6 * 5 * 8  # bytes of a kept input, float64; a pass keeps three
@@ -100,7 +101,7 @@ def test_an_abandoned_pass_gives_its_buffers_back(monkeypatch: pytest.MonkeyPatc
     assert sum(map(len, store.free.values())) == 3
     for name in ("output", "backward"):
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr(_Work, name, failing(getattr(_Work, name), 4))
+            patch.setattr(TorchWork, name, failing(getattr(TorchWork, name), 4))
             stack(x_of(1)).sum().backward()
         stack.zero_grad()
         assert sum(map(len, store.free.values())) == 3, name

@@ -14,10 +14,11 @@ from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Sel
 from deepscale.config import ACTIVATION_NAMES, SKIP_NAMES, Config, ModelConfig
 from deepscale.errors import UsageError
 from deepscale.models import native
+from deepscale.models.block import BlockSpec
 from deepscale.models.components import ACTIVATIONS
 from deepscale.models.observe import BlockObserver
 from deepscale.models.reference import PlainBlock
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 from deepscale.ops import op
 from deepscale.ops.op import missing_compiler
 from deepscale.world import World

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, ModelConfig
 from deepscale.gradflow.flow import BLOCK_FIELDS
 from deepscale.gradflow.observation import StackObservation, statistics
+from deepscale.models.block import BlockSpec
 from deepscale.models.components import ACTIVATIONS, commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.models.naming import load_plain
 from deepscale.models.observe import SATURATED, BlockObserver
 from deepscale.models.reference import PlainBlock, PlainConvNeXt
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 
 BLOCKS = (2, 1, 3, 1)
 GAMMAS: list[dict[str, Any]] = [

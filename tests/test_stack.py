@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepscale.activations import Recompute
 from deepscale.config import ModelConfig
+from deepscale.models.block import BlockSpec
 from deepscale.models.convnext import ConvNeXt, cross_entropy, smallest_segment
 from deepscale.models.reference import PlainBlock
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 
 C = 4
 

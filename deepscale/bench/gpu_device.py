@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deepscale.bench.gpu_network import synchronise
 from deepscale.machine import measure_machine
+from deepscale.models.block import BlockSpec
 from deepscale.models.components import LayerStandardise
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 from deepscale.world import World
 
 aten = torch.ops.aten

@@ -1,6 +1,6 @@
 """The parts a block is made of: activations and norms, each with its hand-written backward beside the autograd form.
 
-The stacked network (`stack.py`) calls the forward and backward functions here directly; the plain reference
+The stacked network (`block.py`) calls the forward and backward functions here directly; the plain reference
 (`reference.py`) and the layers outside stacks use `ChannelNorm` and `Activation.module`, which leave the backward to
 autograd. A test compares every pair.
 
@@ -51,7 +51,7 @@ class Standardise:
     """Rows standardised without the affine part, and the gradient of that: what differs between the norms.
 
     forward(y (M, C)) -> (xhat (M, C), inverse standard deviation); backward(dxhat, xhat, inverse) -> dy. `y` and `dxhat`
-    may be overwritten. The affine part is folded into the weights that follow (stack.py). One object serves blocks of one
+    may be overwritten. The affine part is folded into the weights that follow (block.py). One object serves blocks of one
     shape.
     """
 

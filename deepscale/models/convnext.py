@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from deepscale.config import AUTO, Auto, ModelConfig, StackSize
 from deepscale.depth import STAGES
+from deepscale.models.block import BlockSpec
 from deepscale.models.components import ChannelNorm, RunningStatistics
 from deepscale.models.initial import fill
-from deepscale.models.stack import BlockSpec, BlockStack
+from deepscale.models.stack import BlockStack
 
 
 def outer_norm(model: ModelConfig) -> str:

@@ -44,7 +44,8 @@ def _check() -> None:
     """Output and gradients of two blocks equal those of torch's operators. Raises RuntimeError."""
     import torch
 
-    from deepscale.models.stack import BlockSpec, BlockStack
+    from deepscale.models.block import BlockSpec
+    from deepscale.models.stack import BlockStack
 
     stack = BlockStack(BlockSpec(8, 3, "gelu", "layernorm", "identity", "scalar"), 0, 2)
     generator = torch.Generator().manual_seed(0)

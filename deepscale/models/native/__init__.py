@@ -1,4 +1,4 @@
-"""A block of a stack as one compiled kernel on the CPU (block.cpp): `NativeWork` does what `_Work` of stack.py does in torch's operators.
+"""A block of a stack as one compiled kernel on the CPU (block.cpp): `NativeWork` does what `TorchWork` of block.py does in torch's operators.
 
 The kernel goes through a block tile by tile, in cache, with one barrier for its threads instead of one per operator. It keeps
 f'(h) where torch's operators keep h, of the same shape: the exponential that gives f gives f' too.
@@ -18,8 +18,8 @@ from torch import Tensor
 from deepscale.models.components import EPS
 
 if TYPE_CHECKING:
+    from deepscale.models.block import BlockSpec, Gradients, Weights
     from deepscale.models.observe import BlockObserver
-    from deepscale.models.stack import BlockSpec, _Gradients, _Weights
 
 SOURCE = Path(__file__).with_name("block.cpp")
 # By their numbers in block.cpp.
@@ -74,9 +74,9 @@ class Saved:
 
 
 class NativeWork:
-    """One stack's pass, block by block, as `_Work`; x is dense in channels-last memory. Gradients are right once, since backward overwrites f'."""
+    """One stack's pass, block by block, as `TorchWork`; x is dense in channels-last memory. Its backward overwrites f'."""
 
-    def __init__(self, spec: "BlockSpec", weights: "_Weights", x: Tensor, masks: Tensor | None, observer: "BlockObserver | None") -> None:
+    def __init__(self, spec: "BlockSpec", weights: "Weights", x: Tensor, masks: Tensor | None, observer: "BlockObserver | None") -> None:
         if _library is None:
             raise RuntimeError("the native kernel is not loaded (deepscale.ops.ensure_ops)")
         self.spec, self.observer = spec, observer
@@ -102,7 +102,7 @@ class NativeWork:
             setattr(self.stack, name, dense.data_ptr())
         self.address = ctypes.addressof(self.stack)
         self.rows, self.units = images * height * width, 4 * spec.channels
-        self.gradients: _Gradients | None = None
+        self.gradients: Gradients | None = None
 
     def forward(self, x: Tensor, i: int, moments: Tensor | None = None) -> Tensor:
         """Block i, of which nothing is kept: (B, C, H, W) -> (B, C, H, W)."""
@@ -134,7 +134,7 @@ class NativeWork:
         _library.deepscale_forward(self.address, i, None, None, xhat.data_ptr(), None, saved.derivative.data_ptr(), saved.a.data_ptr())
         return saved
 
-    def backward(self, g: Tensor, saved: Saved, i: int, grads: "_Gradients") -> Tensor:
+    def backward(self, g: Tensor, saved: Saved, i: int, grads: "Gradients") -> Tensor:
         """Gradient (M, C) on block i's output -> on its input; the folded weights' gradients are written to `grads`."""
         if self.gradients is not grads:
             self.gradients = grads

@@ -1,4 +1,4 @@
-// One ConvNeXt block (arXiv:2201.03545) forward and backward on a CPU, for deepscale/models/stack.py, which describes it:
+// One ConvNeXt block (arXiv:2201.03545) forward and backward on a CPU, for deepscale/models/block.py, which describes it:
 //
 //     y = dwconv(x); xhat = standardise(y); h = W1 xhat + b1; a = f(h); out = x + mask * (W2 a + b2)
 //
