@@ -25,7 +25,7 @@ from deepscale.plan import memory_of, stage_shapes
 
 GIB = 2**30
 GOAL_DEEPER = Goal(12.0, at_least=True)
-SEGMENT = 6  # blocks recomputed together; at the depths that 4 GiB hold, less memory than 4 or 8 (docs/findings.md)
+SEGMENT = 6  # blocks recomputed together: at the depths that 4 GiB hold less memory than 4 (docs/findings.md)
 PLAIN_KEPT = 12  # elements per row and channel that autograd keeps of a plain block; a stacked one keeps 10
 STATES = 16  # bytes per parameter: weight, gradient, AdamW's two moments
 
