@@ -44,6 +44,14 @@ class BlockObserver:
         """f' of block i's activation, rows (M, units); overwritten."""
         self._derivatives.append((i, derivative.detach().abs_().lt_(SATURATED).sum(0, dtype=torch.float32), len(derivative)))
 
+    def measured(self, i: int, numbers: Tensor, rows: int) -> None:
+        """What a kernel has measured of block i: float64 (3 + units), as `gradient`, `output` of the block before, and `derivative` would."""
+        self._gradients.append((i, numbers[0]))
+        if i:
+            self._outputs.append((i - 1, numbers[1], numbers[2]))
+        if self.activations:
+            self._derivatives.append((i, numbers[3:], rows))
+
     @torch.no_grad()
     def collect(self) -> None:
         """Makes `sums` (6, n) and `saturated` (n, units), float64, of what was kept; a second call changes nothing."""

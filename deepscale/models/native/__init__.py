@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from deepscale.models.components import EPS
+from deepscale.models.observe import SATURATED, BlockObserver
 
 if TYPE_CHECKING:
     from deepscale.models.block import BlockSpec, Gradients, Weights
-    from deepscale.models.observe import BlockObserver
 
 SOURCE = Path(__file__).with_name("block.cpp")
 # By their numbers in block.cpp.
@@ -48,6 +48,8 @@ def load(path: Path) -> None:
     for function, pointers in ((library.deepscale_forward, 6), (library.deepscale_backward, 7)):
         function.argtypes = [pointer, ctypes.c_int64, *[pointer] * pointers]
         function.restype = None
+    library.deepscale_observe.argtypes = [*[pointer] * 4, ctypes.c_double, pointer]
+    library.deepscale_observe.restype = None
     _library = library
 
 
@@ -76,7 +78,7 @@ class Saved:
 class NativeWork:
     """One stack's pass, block by block, as `TorchWork`; x is dense in channels-last memory. Its backward overwrites f'."""
 
-    def __init__(self, spec: "BlockSpec", weights: "Weights", x: Tensor, masks: Tensor | None, observer: "BlockObserver | None") -> None:
+    def __init__(self, spec: "BlockSpec", weights: "Weights", x: Tensor, masks: Tensor | None, observer: BlockObserver | None) -> None:
         if _library is None:
             raise RuntimeError("the native kernel is not loaded (deepscale.ops.ensure_ops)")
         self.spec, self.observer = spec, observer
@@ -141,15 +143,17 @@ class NativeWork:
             for name, value in grads.stacked.items():
                 setattr(self.stack, f"g_{name}", value.data_ptr())
         if self.observer is not None:
-            self.observer.gradient(i, g)
-            if i:
-                self.observer.output(i - 1, saved.x)
-            if self.observer.activations:
-                self.observer.derivative(i, saved.derivative.clone())
+            self._observe(self.observer, g, saved, i)
         dx = torch.empty_like(g)
         values = (g, saved.x, saved.xhat, saved.inverse, saved.derivative, saved.a, dx)
         _library.deepscale_backward(self.address, i, *(value.data_ptr() for value in values))
         return dx
+
+    def _observe(self, observer: BlockObserver, g: Tensor, saved: Saved, i: int) -> None:
+        numbers = torch.empty(3 + self.units, dtype=torch.float64)
+        x, derivative = saved.x.data_ptr() if i else None, saved.derivative.data_ptr() if observer.activations else None
+        _library.deepscale_observe(self.address, g.data_ptr(), x, derivative, SATURATED, numbers.data_ptr())
+        observer.measured(i, numbers, self.rows)
 
     def _empty(self, x: Tensor) -> Saved:
         hidden = (x.new_empty(self.rows, self.units) for _ in range(2))

@@ -522,6 +522,40 @@ struct Block {
     }
 };
 
+// ------------------------------------------------------------------------------------------------------------ observer
+
+// Sum of f(value) in double precision: a vanishing gradient's squares leave float's range long before it does.
+template <class T, class Function>
+double sum_of(int64_t count, const T* values, Function f) {
+    double sums[16] = {}, sum = 0;
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16)
+        for (int l = 0; l < 16; ++l) sums[l] += f(double(values[j + l]));
+    for (; j < count; ++j) sum += f(double(values[j]));
+    for (double part : sums) sum += part;
+    return sum;
+}
+
+// out: the norm of g; mean and root mean square deviation of x; for each of 4C units the rows whose |d| is below the limit. x, d may be null.
+template <class T>
+void observe(const Stack& s, const T* g, const T* x, const T* d, T limit, double* out) {
+    const int64_t rows = s.images * s.height * s.width, count = rows * s.channels, units = 4 * s.channels;
+    out[0] = std::sqrt(sum_of(count, g, [](double v) { return v * v; }));
+    if (x) {
+        const double mean = out[1] = sum_of(count, x, [](double v) { return v; }) / count;
+        out[2] = std::sqrt(sum_of(count, x, [mean](double v) { return (v - mean) * (v - mean); }) / count);
+    }
+    if (!d) return;
+    T* counts = (scratch.begin(Scratch::bytes<T>(units)), scratch.take<T>(units));
+    for (double* unit = out + 3; unit < out + 3 + units; ++unit) *unit = 0;
+    for (int64_t first = 0; first < rows; first += 4096) {  // float counts exactly to 2^24
+        std::memset(counts, 0, units * sizeof(T));
+        for (const T* row = d + first * units; row < d + std::min(rows, first + 4096) * units; row += units)
+            for (int64_t u = 0; u < units; ++u) counts[u] += std::abs(row[u]) < limit ? T(1) : T(0);
+        for (int64_t u = 0; u < units; ++u) out[3 + u] += counts[u];
+    }
+}
+
 template <class T, class Work>
 void with_width(int64_t channels, Work work) {
     constexpr int MOST = BYTES / sizeof(T);
@@ -546,6 +580,11 @@ void deepscale_forward(const Stack* s, int64_t i, const void* x, void* out, void
         using T = decltype(zero);
         Block<T, decltype(v)::value>(*s, i).forward((const T*)x, (T*)out, (T*)xhat, (T*)inverse, (T*)d, (T*)a);
     });
+}
+
+void deepscale_observe(const Stack* s, const void* g, const void* x, const void* d, double limit, double* out) {
+    if (s->float64) observe(*s, (const double*)g, (const double*)x, (const double*)d, limit, out);
+    else observe(*s, (const float*)g, (const float*)x, (const float*)d, float(limit), out);
 }
 
 void deepscale_backward(const Stack* s, int64_t i, const void* g, const void* x, const void* xhat, const void* inverse, void* d, const void* a,
