@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from deepscale.config import Config
 from deepscale.models.convnext import count_parameters
-from deepscale.plan_network import Needs, Stage, images_of, kept_on_host, needs_of, stages_of
+from deepscale.plan_network import Needs, Stage, evaluation_bytes, images_of, kept_on_host, needs_of, stages_of
 from deepscale.plan_states import States, states_of
 
 # On a CPU glibc gives tensors of 32 MiB and more back to the system, smaller ones only at the end of its heap. So the heap's peak stays, with
 # holes between what lives long, and with as much again for small tensors that come and go: freed memory that was aligned is seldom found again.
 HOLES = 0.08
+FIRST_STEPS = 4_000_000  # code that is read from the libraries, autograd's nodes, Python's objects
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,15 @@ def memory_of(config: Config, ranks: int, channels: int, image_size: int, classe
     states = states_of(config, parameters, ranks)
     needs = needs_of(config, stages, images)
     data = 2 * images.bytes  # the batch as uint8 and its crops, and the one after it
+    flat, heap = _resting(states, 0)
+    evaluation = Moment("evaluation", flat + states.gathered, heap + evaluation_bytes(config, images))
     host = states.host + kept_on_host(config, stages)
     moments = (
         Moment("start", states.start if states.flat else 0, 0 if states.flat else states.start),
-        *(dataclasses.replace(m, host=host) for m in (_forward(states, needs, data), *_backward(states, stages, needs, data))),
+        *(dataclasses.replace(m, host=host) for m in (_forward(states, needs, data), *_backward(states, stages, needs, data), evaluation)),
     )
     cpu = config.engine.device != "cuda"
-    taken = states.holes + max(m.heap_taken for m in moments)
+    taken = FIRST_STEPS + states.holes + max(m.heap_taken for m in moments)
     retained = max(m.flat + m.host for m in moments) + taken - max(m.bytes + m.host for m in moments) if cpu else 0
     kept, segment, work = sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)
     return Memory(parameters, states, kept, host - states.host, segment, work, data, retained, moments, cpu)

@@ -4,17 +4,19 @@ What a block's activations take is its policy's knowledge (activations.py); here
 outside them. M = B * H * W rows of a stage on one rank, C its channels. A multiplication and an addition are two FLOPs.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepscale.activations import Block, policy_of
-from deepscale.config import IN_SEGMENTS, Config, ModelConfig
+from deepscale.config import AUTO, IN_SEGMENTS, Config, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.models.convnext import block_spec, outer_norm, stack_blocks
 
 STREAM_BYTES = 4
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PIXEL_BYTES = 4  # of a channel, normalised
+EVALUATION_BATCH = 256  # images per rank that are evaluated at once; without gradients a batch keeps nothing
 LARGE = 32 * 2**20  # bytes from which on malloc gives a tensor back to the system when it is freed
 OUTER_MEANS = {"layernorm": 2}  # numbers that the outer norm keeps of every row
 
@@ -137,6 +139,14 @@ def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]
 def kept_on_host(config: Config, stages: list[Stage]) -> int:
     """Bytes that the forward pass leaves in host memory."""
     return sum(policy_of(config).host(stage.block, n) for stage in stages for n in stage.stacks)
+
+
+def evaluation_bytes(config: Config, images: Images) -> int:
+    """What one block and one stack take while images are evaluated, and the images."""
+    most = EVALUATION_BATCH if config.data.eval_images == AUTO else min(EVALUATION_BATCH, int(config.data.eval_images))
+    batch = dataclasses.replace(images, micro=most)
+    settings = config.replace(activations="recompute", segment=1)  # nothing is kept
+    return 2 * batch.bytes + max(_block_forward(settings, stage) + _folded(config, stage) for stage in stages_of(config, batch))
 
 
 def _kept_outside(config: Config, stages: list[Stage], images: Images) -> list[int]:

@@ -62,12 +62,14 @@ def _stage12(config: Config, whole: int, share: int, bucket: int) -> States:
     """Flat weights; of the share a master copy and AdamW's moments; gradients averaged in a bucket and copied to the share's buffer.
 
     Before the step that buffer is flattened into another. Offloaded, the host holds master copy, moments, gradients, and a copy of the
-    share of the weights on its way to the device. The network's own tensors are copied to flat ones while the engine is built.
+    share of the weights on its way to the device. The network's own tensors are copied to flat ones while the engine is built; malloc fills
+    a part of the holes they leave again.
     """
     piled = config.engine.zero == 1
     if engine_config.resting(config).optimizer == "cpu":
-        return States(whole, 0, 0, 0, share, 4 * share, gathered=bucket, start=2 * whole, piled=piled)
-    return States(whole, share, 3 * share, gathered=bucket, stepping=share, start=2 * (whole + share), piled=piled)
+        return States(whole, 0, 0, 0, share, 4 * share, gathered=bucket, start=2 * whole, holes=4 * whole // 5, piled=piled)
+    start = 2 * (whole + share)
+    return States(whole, share, 3 * share, gathered=bucket, stepping=share, start=start, holes=whole // 4, piled=piled)
 
 
 def _stage3(config: Config, whole: int, share: int, bucket: int, ranks: int) -> States:

@@ -6,6 +6,7 @@ every parameter and every tensor.
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -22,11 +23,15 @@ from deepscale.plan_network import Images, Stage, stages_of
 from deepscale.world import World
 
 MEASURE_S = 0.1  # of each part
+MANY_RUNS = 5  # of a stack, which takes about as long
 RATE_ELEMENTS = 2**23  # 32 MiB of float32: no cache holds them, and malloc gives them back each time, as it does the engine's buffers
-# Copies into fresh memory that a step takes for every parameter, by ZeRO stage: buckets, the share's gradients, float64 norms, the flat
-# gradient, the weights from their master copy. Fitted to steps of 1,004 and 10,001 layers (docs/findings.md).
-PASSES = {0: 3.0, 1: 8.0, 2: 8.0, 3: 12.0}
-TENSOR_S = {0: 2e-5, 1: 1e-4, 2: 1e-4, 3: 4e-4}  # of DeepSpeed's Python for every parameter tensor
+# What DeepSpeed adds to a step, by (ZeRO stage, offload): copies into fresh memory for every parameter (buckets, the share's gradients, the
+# flat gradient, weights from their master copy), and seconds of Python for every parameter tensor. From steps of 1,004 layers in 190 tensors
+# and 10,001 in 551 against plain torch's (docs/findings.md). An offloaded optimiser is DeepSpeed's own, which saves what the copies take.
+ENGINE = {
+    (0, "none"): (1.4, 0.5e-4), (1, "none"): (2.0, 5e-4), (2, "none"): (1.0, 5.5e-4), (3, "none"): (2.3, 3.5e-4),
+    (1, "cpu"): (0.0, 7e-4), (2, "cpu"): (0.0, 7e-4), (3, "cpu"): (1.4, 6e-4),
+}  # fmt: skip
 
 
 def measure_step_s(config: Config, world: World, images: Images) -> float:
@@ -43,15 +48,15 @@ def _stage_s(config: Config, world: World, stage: Stage, micro: int) -> float:
     # Ranks measure on their own, and not equally often: nothing may wait for another.
     spec = dataclasses.replace(block_spec(config.model, stage.channels), sync_batchnorm=False)
 
-    def seconds(n: int) -> float:
+    def seconds(n: int, runs: int = 1) -> float:
         stack = policy_of(config).apply(BlockStack(spec, 0, n))
         stack.kernel = config.engine.kernel
-        return _passes_s(config, world, stack, _input(world, stage, micro))
+        return _passes_s(config, world, stack, _input(world, stage, micro), runs)
 
     one = seconds(1)
     blocks = sum(stage.stacks)
-    many = min(max(stage.stacks), int(2 * MEASURE_S / one))
-    return blocks * one if many < 2 else blocks / many * seconds(many)
+    many = min(max(stage.stacks), int(MEASURE_S / one))
+    return blocks * one if many < 2 else blocks / many * seconds(many, MANY_RUNS)
 
 
 def _outside_s(config: Config, world: World, stages: list[Stage], images: Images) -> float:
@@ -74,7 +79,7 @@ def _input(world: World, stage: Stage, micro: int) -> Tensor:
     return torch.randn(micro, stage.channels, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor) -> float:
+def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor, runs: int = 1) -> float:
     """One forward and backward pass of a module with random weights."""
     module.to(world.device)
     for parameter in module.parameters():
@@ -82,11 +87,12 @@ def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor) -> flo
     low = LOW_PRECISION.get(config.engine.precision)
 
     def run() -> None:
+        module.zero_grad()  # no step adds to gradients that are there
         with torch.autocast(world.device.type, dtype=low, enabled=low is not None):
             y = module(x)
         y.backward(y.detach())
 
-    return _mean_s(run, world)
+    return _median_s(run, world, runs)
 
 
 def _update_s(config: Config, world: World, parameters: int, stacks: int) -> float:
@@ -96,7 +102,8 @@ def _update_s(config: Config, world: World, parameters: int, stacks: int) -> flo
     seconds = update * share
     if config.engine.engine == "deepspeed":
         tensors = 9 * stacks + 20
-        seconds += PASSES[int(config.engine.zero)] * copy * share + TENSOR_S[int(config.engine.zero)] * tensors
+        copies, tensor_s = ENGINE[int(config.engine.zero), config.engine.offload]
+        seconds += copies * copy * share + tensor_s * tensors
     return seconds
 
 
@@ -112,20 +119,21 @@ def _rates(world: World, threads: int) -> tuple[float, float]:
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
 
-    updated = _mean_s(update, world)
-    return updated / RATE_ELEMENTS, _mean_s(weight.grad.clone, world) / RATE_ELEMENTS
+    updated = _median_s(update, world, 3)
+    return updated / RATE_ELEMENTS, _median_s(weight.grad.clone, world, 3) / RATE_ELEMENTS
 
 
-def _mean_s(run: Callable[[], object], world: World) -> float:
-    """The mean of `MEASURE_S`, not the best: on a busy machine threads that wait for each other are what a step costs."""
-    runs, spent = -1, 0.0  # the first run is not counted: it allocates
-    while runs < 1 or (spent < MEASURE_S and runs < 50):
+def _median_s(run: Callable[[], object], world: World, runs: int = 1) -> float:
+    """The median of at least `runs` and of `MEASURE_S`, not the best: on a busy machine threads that wait for each other are what a step costs."""
+    run()  # not counted: it allocates
+    taken: list[float] = []
+    while len(taken) < runs or (sum(taken) < MEASURE_S and len(taken) < 50):
         _synchronise(world)
         begin = time.perf_counter()
         run()
         _synchronise(world)
-        runs, spent = runs + 1, spent + (time.perf_counter() - begin if runs >= 0 else 0.0)
-    return spent / runs
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
 
 
 def _synchronise(world: World) -> None:

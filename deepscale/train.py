@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,12 @@ from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
-from deepscale.engine import build_engine, hush
+from deepscale.engine import build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.records import Records
-
-EVALUATION_BATCH = 256  # images per rank; without gradients a batch keeps nothing
 
 
 @errors.command
@@ -35,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hush(settings.engine.verbose)
     checkpoints.check_writable(settings.tracking.checkpoint_dir)
     place = world.join(settings.engine)
-    if settings.tracking.tracking and place.is_main:
-        tracking.preload()
+    loading = tracking.preload() if settings.tracking.tracking and place.is_main else None
     try:
         with progress.Progress(0, enabled=place.is_main) as screen:
-            prepared = prepare(settings, place, screen)
+            prepared = prepare(settings, place, screen, loading)
+            preload(prepared.plan.config)
             rows, view = train(prepared, screen)
         if place.is_main:
             progress.show_summary(rows | ({"show": view} if view else {}), "summary")
@@ -58,13 +57,18 @@ class Prepared:
     cpu_adam: bool
 
 
-def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Prepared:
-    """Images, ops and plan, said on screen. Raises UsageError for what is not possible."""
+def prepare(asked: Config, place: world.World, screen: progress.Progress, loading: threading.Thread | None = None) -> Prepared:
+    """Images, ops and plan, said on screen. Raises UsageError for what is not possible.
+
+    `loading` imports packages meanwhile; it has ended before anything is timed, and before the network's memory is counted.
+    """
     _, offload = stage_and_offload(asked)  # a contradiction is refused before data are read or ops are built
     source = load_source(asked.data, screen.say)
     info = source.info
     cpu_adam = _prepare_ops(asked, offload, screen)
     chosen = kernel.choose(asked, place, screen.say, screen.warn)
+    if loading is not None:
+        loading.join()
     machine = measure_machine(place)
     planned = plan.resolve(chosen, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
@@ -76,7 +80,7 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress) -> Pre
         source,
         settings.data,
         micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
-        eval_batch=EVALUATION_BATCH,
+        eval_batch=plan.EVALUATION_BATCH,
         seed=settings.recipe.seed,
         rank=place.rank,
         world_size=place.size,
@@ -104,6 +108,7 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
     ) as record:
         model = build_model(settings, info, place)
         engine = build_engine(model, settings, place, run.cpu_adam)
+        memory.give_back()  # ZeRO has copied the network's own tensors
         tracker = record.tracker
         tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
         records = Records(model, engine, settings, tracker, screen)
@@ -189,7 +194,7 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "validation": f"{result.validation['accuracy']:.2%} of {result.validation['images']:,.0f} images, loss {result.validation['loss']:.4f}",
         "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
         "first layer": f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
-        "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start; planned {progress.gib(planned.memory.total)}",
+        "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(planned.memory.total)} were planned",
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, start, step, worker, zero3
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, start, step, worker, zero3
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -398,3 +398,35 @@ def test_gradflow_measures_records_in_a_fresh_process(bench: Callable[..., Rows]
 def test_the_share_of_a_run_is_that_of_its_records() -> None:
     """Counted by hand: 30 steps have 13 records, of which those of steps 1, 16 and 30 count saturation."""
     assert gradflow._share(30, {"blocks": 1.0, "full": 3.0}) == pytest.approx((10 * 1.0 + 3 * 3.0) / 30)
+
+
+def test_plan_sets_what_was_planned_beside_what_was_measured(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From given measurements; a second call measures one case again and keeps the other."""
+    found = {"planned_bytes": 9e8, "base_bytes": 1e9, "peak_bytes": 2e9, "planned_s": 1.2, "step_s": 1.0, "parameters": 1}
+    asked: list[tuple[int, dict[str, Any]]] = []
+
+    def run(module: str, options: Mapping[str, Any], *, ranks: int = 1, threads: int, limit_s: float) -> dict[str, Any]:
+        asked.append((ranks, json.loads(options["settings"])))
+        return dict(found)
+
+    monkeypatch.setattr(plan, "run_worker", run)
+    monkeypatch.setattr(plan, "run_ranks", run)
+    last = len(plan.CASES)
+    rows = bench("plan", "--only", f"2,{last}")
+    assert [ranks for ranks, _ in asked] == [1, 2] and asked[1][1]["zero"] == 3
+    assert rows["growth: planned / measured is off 1 by at most, 2 cases"]["median"] == pytest.approx(0.1)
+    assert rows["peak: planned / measured is off 1 by at most, 2 cases"]["median"] == pytest.approx(0.05)
+    assert rows["step: cases within 25%"]["reached"] is True
+    found["step_s"] = 0.9
+    rows = bench("plan", "--only", "2")
+    assert rows["step: planned / measured is off 1 by at most, 2 cases"]["median"] == pytest.approx(1 / 3)
+    assert rows["step: cases within 25%"]["median"] == 0.5
+    for only in ("0", f"{last + 1}", "x", ""):
+        with pytest.raises(UsageError, match="type numbers from 1 to"):
+            main(["plan", "--only", only])
+
+
+def test_plan_measures_training_runs(bench: Callable[..., Rows]) -> None:
+    """A real run, the smallest: the whole peak is mostly the process, and so is well known."""
+    rows = bench("plan", "--only", "1")
+    assert rows["peak: cases within 10%"]["reached"] is True

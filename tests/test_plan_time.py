@@ -60,12 +60,12 @@ def test_a_step_is_measured_with_real_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_deepspeed_takes_longer_than_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that stands still but for updates: the parts of a step that hang on parameters and tensors alone."""
-    monkeypatch.setattr(plan_time, "_mean_s", lambda run, world: 1e-9)
+    monkeypatch.setattr(plan_time, "_median_s", lambda run, world, runs=1: 1e-9)
     seconds = []
     for engine, zero in (("torch", 0), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3)):
         settings = Config().replace(**SMALL | {"engine": engine, "zero": zero}, activations="keep", segment=None, blocks=(1, 1, 5, 1))
         seconds.append(plan_time.measure_step_s(settings, ALONE, images(settings)))
-    assert seconds == sorted(seconds) and len(set(seconds)) == 4
+    assert seconds[0] < min(seconds[1:])
 
 
 def test_no_rank_waits_for_another_while_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:

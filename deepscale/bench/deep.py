@@ -2,15 +2,13 @@
 
 CPU seconds are of all threads of the process. The start is that of AdamW and deepspeed.initialize, the network being built
 before. Both import modules of their own at their first call, which take longer than a small network's start: they are imported
-ahead of it (`LATE`) and counted apart. Memory counts from before and from after those imports.
+ahead of it (engine.preload) and counted apart. Memory counts from before and from after those imports.
 """
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -18,12 +16,9 @@ from torch import nn
 from deepscale import config, errors, kernel, memory, ops, tracking, world
 from deepscale.bench import networks
 from deepscale.bench.options import KERNELS, say, settings_of, whole
-from deepscale.engine import Engine, build_engine, hush
+from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.models import stack
 from deepscale.plan import FAST_SEGMENT
-
-# What AdamW's constructor and deepspeed.initialize import: torch's compiler, which both merely decorate functions with.
-LATE = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @errors.command
@@ -74,7 +69,7 @@ def _joined(settings: config.Config) -> world.World:
 
 def _measure(values: argparse.Namespace, settings: config.Config, place: world.World) -> dict[str, Any]:
     base = memory.reset_peak(place.device)
-    late, _ = timed(_import_late)
+    late, _ = timed(lambda: preload(settings))
     imported = memory.resident_bytes()
     models: list[nn.Module] = []
     built, _ = timed(lambda: models.append(networks.build(settings, plain=values.network == "plain")))
@@ -120,12 +115,6 @@ class BlocksTime:
             return result
 
         return counted
-
-
-def _import_late() -> None:
-    for name in LATE:
-        with suppress(ImportError):  # versions that do not have it do not import it
-            importlib.import_module(name)
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
