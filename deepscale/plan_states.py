@@ -80,7 +80,8 @@ def _stage3(config: Config, whole: int, share: int, bucket: int, ranks: int) -> 
     """
     rest = engine_config.resting(config)
     gathered = 4 * engine_config.gathered(config, ranks) + 2 * bucket
+    holes = whole if ranks == 1 else 3 * whole // 2  # gathered parameters come and go as tensors of their own
     weights, weights_host = (0, share) if rest.parameters == "cpu" else (share, 0)
     if rest.optimizer == "cpu":
         return States(weights, 0, 0, weights_host, 2 * share, 3 * share, buffers=bucket, gathered=gathered, holes=3 * whole // 2)
-    return States(weights, share, 3 * share, weights_host, buffers=bucket, gathered=gathered, stepping=share, holes=whole)
+    return States(weights, share, 3 * share, weights_host, buffers=bucket, gathered=gathered, stepping=share, holes=holes)
