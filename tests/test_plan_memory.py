@@ -70,7 +70,7 @@ def test_states_of_plain_torch_are_those_that_exist() -> None:
 def test_kept_bytes_are_those_that_live_on_after_a_forward_pass(policy: str, segment: int | None) -> None:
     """Of a whole network, stem, downsamplings and head included; the head's own are not planned and below a thousandth."""
     own = configuration(depth=110, width=8, batch_size=4, engine="torch").replace(activations=policy, segment=segment)
-    model = policy_of(own).apply(ConvNeXt(own.model, stack_size=int(own.engine.stack_size))).initialise(0)
+    model = policy_of(own).apply(ConvNeXt(own.model, stack_size=own.engine.stack_size)).initialise(0)
     images, _ = random_batch(4)
     kept = sum(need.kept for need in needs_of(own, stages_of(own, images_of(own, 1, **SHAPE)), images_of(own, 1, **SHAPE)))
     assert kept - images.nbytes == pytest.approx(kept_bytes(model, images), rel=2e-3)
