@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from deepscale import drawing
-from deepscale.bench import deep, main, networks, scaling
+from deepscale.bench import deep, growth, main, networks
+from deepscale.bench.growth import DEPTHS, KEEP, PLAIN, SMALLEST, STACKED, fit, fits_of
 from deepscale.bench.kept import kept_bytes
-from deepscale.bench.scaling import DEPTHS, KEEP, PLAIN, SMALLEST, STACKED, fit, fits_of
 from deepscale.errors import MissingPackageError, UsageError
 from deepscale.world import World
 
@@ -65,9 +65,9 @@ def test_a_constant_bends_the_whole_range_and_not_the_deep_half() -> None:
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "_measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(growth, "_measure", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(UsageError, match=sentence):
-        main(["scaling", *arguments])
+        main(["growth", *arguments])
 
 
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +75,9 @@ def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(monk
         raise MissingPackageError("matplotlib", None, "drawing")
 
     monkeypatch.setattr(drawing, "pyplot", missing)
-    monkeypatch.setattr(scaling, "_measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(growth, "_measure", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(MissingPackageError):
-        main(["scaling", "--out", "scaling.png"])
+        main(["growth", "--out", "growth.png"])
 
 
 @pytest.fixture
@@ -92,15 +92,15 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
         done = {"build_cpu_s": 0.25 * n**0.5, "start_cpu_s": 0.75 * n**0.5, "step_cpu_s": [9 * step, step, step]}
         return done | {"peak_bytes": 10**9 + 2e5 * n, "imported_bytes": 10**9}
 
-    monkeypatch.setattr(scaling, "run_worker", run)
-    monkeypatch.setattr(scaling, "_kept", lambda values, depth, segment, plain: 1e4 * depth / (segment or 1) * (1.2 if plain else 1))
+    monkeypatch.setattr(growth, "run_worker", run)
+    monkeypatch.setattr(growth, "_kept", lambda values, depth, segment, plain: 1e4 * depth / (segment or 1) * (1.2 if plain else 1))
     return asked
 
 
 def test_exponents_and_goals_come_from_the_measurements(made_up: list[Mapping[str, Any]], tmp_path: Path) -> None:
     """Steps of a linear law whose first is nine times as long, starts that grow with the root."""
-    main(["scaling", "--out", str(tmp_path / "scaling.png"), "--json", str(tmp_path / "scaling.json")])
-    record = json.loads((tmp_path / "scaling.json").read_text())
+    main(["growth", "--out", str(tmp_path / "growth.png"), "--json", str(tmp_path / "growth.json")])
+    record = json.loads((tmp_path / "growth.json").read_text())
     fits = record["fits"]
     assert fits["step"][STACKED]["deep half"]["exponent"] == pytest.approx(1.0)
     assert fits["start"][STACKED]["all"]["exponent"] == pytest.approx(0.5)
@@ -116,12 +116,12 @@ def test_exponents_and_goals_come_from_the_measurements(made_up: list[Mapping[st
     assert table[STACKED, "1,004"]["kept, MB"] == pytest.approx(8 * 1e4 * 1_004 / 4 / 1e6)
     assert table[KEEP, "1,004"]["growth, MB"] == ""
     assert (PLAIN, "3,002") not in table
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_network_is_asked_for_as_it_is_trained(made_up: list[Mapping[str, Any]]) -> None:
     """Shallow networks take more steps, the plain one goes through plain torch, the stacked ones through the chosen engine."""
-    main(["scaling", "--depths", "26", "110", "302", "10001", "--plain-depth", "110", "--zero", "3", "--steps", "4"])
+    main(["growth", "--depths", "26", "110", "302", "10001", "--plain-depth", "110", "--zero", "3", "--steps", "4"])
     assert len(made_up) == 4 + 4 + 2
     plain = [options for options in made_up if options.get("network") == "plain"]
     stacked = [options for options in made_up if options.get("network") != "plain"]
@@ -147,5 +147,5 @@ def test_what_is_kept_of_one_image_is_that_of_a_batch_by_its_images() -> None:
         settings = networks.configuration(depth=110, width=4, batch_size=3, segment=segment)
         images, _ = networks.random_batch(3, channels_last=not plain)
         assert kept_bytes(networks.build(settings, plain), images) == pytest.approx(
-            3 * scaling._kept(Namespace(width=4), 110, segment, plain), rel=1e-3
+            3 * growth._kept(Namespace(width=4), 110, segment, plain), rel=1e-3
         )

@@ -1,4 +1,4 @@
-"""`deepscale bench scaling`: start, step time and memory against depth, the power laws fitted to them, and a figure.
+"""`deepscale bench growth`: start, step time and memory against depth, the power laws fitted to them, and a figure.
 
 Each network is measured in a fresh process (deep.py), as it is trained; what a pass keeps is counted (kept.py), for one image, and
 is in proportion to the batch. Imports, which do not depend on depth, are not in the start, nor their memory in the growth.
@@ -66,7 +66,7 @@ Curves = dict[str, dict[str, dict[int, float]]]  # of each quantity and network:
 
 def main(arguments: list[str]) -> None:
     """Measures. Raises BenchError where a process fails, MissingPackageError where --out has no matplotlib."""
-    options = Options("scaling", "Cost against depth: start, step and memory of training, the exponents fitted to them, and a figure.")
+    options = Options("growth", "Cost against depth: start, step and memory of training, the exponents fitted to them, and a figure.")
     add = options.parser.add_argument
     shown = " ".join(str(depth) for depth in DEPTHS)
     add("--depths", nargs="+", type=parse_depth, default=list(DEPTHS), metavar="N", help=f"layers, at least four depths (default: {shown})")
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
 def check_writable_figure(path: Path) -> None:
     """Refuses a figure that cannot be written before minutes of measuring. Raises UsageError."""
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--out {path} is no file in a folder that is there; type for example --out scaling.png")
+        raise UsageError(f"--out {path} is no file in a folder that is there; type for example --out growth.png")
 
 
 def _measure(values: argparse.Namespace, depth: int, curves: Curves) -> None:
