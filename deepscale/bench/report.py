@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepscale.errors import UsageError
+from deepscale.files import atomic
 
 GB = 1e9
 PACKAGES = ("torch", "deepspeed", "ffcv")
@@ -167,13 +168,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic(path, "the table above holds the numbers") as temporary:
         temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"--json {path} cannot be written ({error.strerror or error}); the table above holds the numbers") from None
 
 
 def hardware() -> dict[str, Any]:

@@ -19,9 +19,7 @@ batches, before clipping, without fp16's loss scale. A layer is its weight; bias
 """
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepscale.errors import UsageError
+from deepscale.files import atomic
 
 VERSION = 1
 FILE = "gradflow.npz"
@@ -105,17 +104,8 @@ class Flow:
         """Writes the file, complete or not at all; makes its folder. Raises UsageError where it cannot be written."""
         arrays = {name: getattr(self, name) for name in (*_STATIC, *LAYER_FIELDS, *BLOCK_FIELDS)}
         meta = json.dumps({"version": VERSION, **self.meta}, default=str)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays, meta=np.array(meta))
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written ({error.strerror or error}); type another path") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays, meta=np.array(meta))
         return path
 
 
