@@ -115,6 +115,34 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+@dataclass(frozen=True)
+class Every:
+    """How often something is done: after so many optimiser steps, or after so many seconds; exactly one of them is given."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.steps}steps" if self.steps is not None else f"{self.seconds:g}s"
+
+
+def parse_every(text: str) -> Every:
+    """Of "500steps" or "500 steps", or of a duration: "10m".
+
+    >>> parse_every("500steps")
+    Every(steps=500, seconds=None)
+    >>> parse_every("10m")
+    Every(steps=None, seconds=600.0)
+    """
+    match = re.fullmatch(r"([0-9]{1,18}) *steps?", text.strip().replace(",", "").replace("_", ""))
+    if match and int(match[1]):
+        return Every(steps=int(match[1]))
+    try:
+        return Every(seconds=parse_duration(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps and no duration; type for example 500steps, 90s or 10m") from None
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of "24GiB" or "24G" (24 * 2**30), "24GB" (24e9), "512MiB", "1.5 GiB" or "4096".
 
@@ -293,6 +321,9 @@ class EngineConfig(_Checked):
         _choice(("auto", "native", "torch")),
     )
     threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(_integer(1)))
+    hang_timeout: float | None = _option(
+        1800.0, "longest wait of a rank for the others before the run ends, 90s, 30m or none", _or("none", parse_duration, None)
+    )
     local_rank: int = _option(-1, "set by DeepSpeed's launcher", int)
     verbose: bool = _switch(False, "show all messages of DeepSpeed and other libraries")
 
@@ -321,7 +352,23 @@ class TrackingConfig:
     vanishing_ratio: float = _option(1e-4, "the gradient vanishes where the first block's is below this share of the last block's", _real(0.0, 1.0))
     exploding_ratio: float = _option(1e3, "the gradient explodes where a block's is more than this many times the last block's", _real(1.0))
     run_name: str | None = _option(None, "name of the run; default: made of depth and what differs from the defaults")
-    checkpoint_dir: str | None = _option(None, "folder for the trained weights (model.safetensors); default: not saved")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(_Checked):
+    """What is saved of a run while it runs, and where it goes on from."""
+
+    checkpoint_every: Every | None = _option(
+        None, "steps or time between checkpoints: 500steps, 90s, 10m; none: no checkpoints", _or("none", parse_every, None)
+    )
+    checkpoint_dir: str | None = _option(
+        None,
+        "folder for the checkpoints and the trained weights (model.safetensors); "
+        "by itself checkpoints/<what was asked> with --checkpoint-every or --resume auto, else nothing is saved",
+    )
+    resume: str = _option("never", "auto: go on from the newest checkpoint of --checkpoint-dir, if there is one; PATH: from this one; or never")
+    keep: int = _option(2, "newest checkpoints that are kept, beside the best", _integer(1))
+    async_save: bool | Auto = _switch(AUTO, "write checkpoints while training goes on, from a copy in memory; auto: where the copy fits")
 
 
 @dataclass(frozen=True)
@@ -333,6 +380,7 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def replace(self, **values: Any) -> "Config":
         """A copy with these settings changed, named flat: `config.replace(width=16, zero=2)`.
@@ -398,7 +446,7 @@ def add_arguments(parser: argparse.ArgumentParser, *groups: type) -> None:
 
 
 SHORT = "short switches"  # where a parsed command line holds them; no setting is called so
-GROUPS = (ModelConfig, DataConfig, RecipeConfig, EngineConfig, TrackingConfig)
+GROUPS = (ModelConfig, DataConfig, RecipeConfig, EngineConfig, TrackingConfig, CheckpointConfig)
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:

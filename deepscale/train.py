@@ -1,5 +1,6 @@
 """`deepspeed deepscale/train.py --depth N`: one training run, from the command line to the summary."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(number, _as_interrupt)
     settings = config.parse(arguments)
     hush(settings.engine.verbose)
-    checkpoints.check_writable(settings.tracking.checkpoint_dir)
+    checkpoints.check_writable(settings.checkpoint.checkpoint_dir)
     place = world.join(settings.engine)
     loading = tracking.preload() if settings.tracking.tracking and place.is_main else None
     try:
@@ -116,10 +117,10 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
             result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records))()
         finally:  # also of a run that stopped: there they are wanted most
             flow_rows = records.keep(folder, name, parameters) if place.is_main else {}
-        if settings.tracking.checkpoint_dir:
+        if settings.checkpoint.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
             if place.is_main:
-                checkpoints.save(Path(settings.tracking.checkpoint_dir), state, settings, info)
+                checkpoints.save(Path(settings.checkpoint.checkpoint_dir), state, settings, info)
         peak = memory.peak_bytes(place.device)
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
@@ -176,7 +177,8 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
 
 def run_name(asked: Config, settings: Config) -> str:
     """A name from the depth and what was chosen by hand."""
-    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "checkpoint_dir", "verbose"}
+    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", "hang_timeout"}
+    hidden |= {f.name for f in dataclasses.fields(config.CheckpointConfig)}
     parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
     return " ".join([f"convnext-{settings.model.built_depth}", *parts])
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepscale.config import AUTO, GROUPS, Config, EngineConfig, ModelConfig, differing, flat, parse, parse_bytes, parse_duration
+from deepscale.config import AUTO, GROUPS, Config, EngineConfig, Every, ModelConfig, differing, flat, parse, parse_bytes, parse_duration, parse_every
 from deepscale.errors import UsageError
 
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}
 # Options that take any text: paths and names.
-FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir"}
+FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir", "resume"}
 
 # A value that is not the default for every option, as typed and as stored.
 OTHER: dict[str, tuple[str, Any]] = {
@@ -65,6 +65,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "device": ("cpu", "cpu"),
     "kernel": ("torch", "torch"),
     "threads": ("1", 1),
+    "hang_timeout": ("5m", 300.0),
     "local_rank": ("1", 1),
     "verbose": ("", True),
     "tracking": ("", False),
@@ -73,7 +74,11 @@ OTHER: dict[str, tuple[str, Any]] = {
     "vanishing_ratio": ("1e-3", 1e-3),
     "exploding_ratio": ("100", 100.0),
     "run_name": ("first", "first"),
+    "checkpoint_every": ("500steps", Every(steps=500)),
     "checkpoint_dir": ("runs", "runs"),
+    "resume": ("auto", "auto"),
+    "keep": ("3", 3),
+    "async_save": ("", False),
 }
 
 
@@ -197,6 +202,11 @@ OUT_OF_RANGE = [
     ("time-budget", "-5m", "type for example 90s, 5m or 2h"),
     ("time-budget", "nan", "type for example 90s, 5m or 2h"),
     ("time-budget", "5 minutes", "type for example 90s, 5m or 2h"),
+    ("checkpoint-every", "0steps", "type for example 500steps, 90s or 10m, nor the word none"),
+    ("checkpoint-every", "-5m", "type for example 500steps, 90s or 10m, nor the word none"),
+    ("checkpoint-every", "1.5steps", "type for example 500steps, 90s or 10m, nor the word none"),
+    ("hang-timeout", "0", "type for example 90s, 5m or 2h"),
+    ("keep", "0", "a whole number from 1"),
     ("seed", "-1", "a whole number from 0 to 2,147,483,647"),
     ("seed", "2147483648", "a whole number from 0 to 2,147,483,647"),
     ("zero", "4", "a whole number from 0 to 3, nor the word auto"),
@@ -339,6 +349,13 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90.0), ("90s", 90.0), ("1.5m", 90.0), ("2h", 7_200.0), ("1d", 86_400.0), ("0.5", 0.5)])
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "every"), [("500steps", Every(500)), ("1 step", Every(1)), ("1,000 steps", Every(1000)), ("10m", Every(None, 600.0))]
+)
+def test_intervals_between_checkpoints(text: str, every: Every) -> None:
+    assert parse_every(text) == every == parse_every(str(every))
 
 
 SIZES = [
