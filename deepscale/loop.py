@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepscale import nonfinite
 from deepscale.config import AUTO, Config
 from deepscale.data import Feed, Feeds
 from deepscale.data.tensors import EvalFeed
@@ -122,14 +123,11 @@ def endless(feed: Feed) -> Batches:
         epoch += 1
 
 
-def first_nonfinite(model: ConvNeXt, engine: Engine) -> str | None:
-    """The first layer, in path order, whose gradient holds a NaN or an infinity."""
-    gradients = {name: engine.gradient(p) for name, p in model.named_parameters()}
-    for plain, where in model.plain_names():
-        gradient = gradients[where.name]
-        if gradient is not None and not bool(torch.isfinite(gradient if where.index is None else gradient[where.index]).all()):
-            return plain.rpartition(".")[0]
-    return None
+def remembered(batches: Batches, images: list[Tensor]) -> Batches:
+    """The same batches, whose images are added to a list as they are taken."""
+    for batch in batches:
+        images.append(batch[0])
+        yield batch
 
 
 class Fit:
@@ -218,8 +216,11 @@ class Fit:
         begin = time.monotonic()
         lr = run.engine.optimizer.param_groups[0]["lr"]
         metrics: dict[str, float] = {}
+        seen: list[Tensor] = []
         run.records.begin(self.step + 1)
-        train_step(run.engine, batches, run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics))
+        train_step(
+            run.engine, remembered(batches, seen), run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics, seen)
+        )
         metrics |= run.records.finish()
         took = time.monotonic() - begin
         self.step += 1
@@ -236,16 +237,16 @@ class Fit:
         left = (result.planned_steps - self.step) * result.step_s if result.planned_steps else None
         run.progress.update(self.step, loss=result.loss, accuracy=metrics["train/accuracy"], images_per_s=images / took, remaining_s=left)
 
-    def _inspect(self, totals: Tensor, metrics: dict[str, float]) -> None:
+    def _inspect(self, totals: Tensor, metrics: dict[str, float], images: list[Tensor]) -> None:
         """Between backward and step: a loss that is not finite stops the run; gradients are recorded where they are to be.
 
         What is read is read at once: on a GPU each reading waits for it.
         """
         first = self._first_layer() if self.step % GRADIENT_EVERY == 0 else {}
-        loss, correct, images, *means = torch.stack([*totals, *first.values()]).tolist()
-        metrics |= {"train/loss": loss / images, "train/accuracy": correct / images} | dict(zip(first, means, strict=True))
+        loss, correct, count, *means = torch.stack([*totals, *first.values()]).tolist()
+        metrics |= {"train/loss": loss / count, "train/accuracy": correct / count} | dict(zip(first, means, strict=True))
         if not math.isfinite(loss):
-            raise stopped_at_nonfinite(self.run, self.step + 1, loss)
+            raise stopped_at_nonfinite(self.run, self.step + 1, loss, images)
         self.run.records.gradients()
 
     def _first_layer(self) -> dict[str, Tensor]:
@@ -262,15 +263,17 @@ class Fit:
         self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world)
         run.tracker.log({f"val/{name}": value for name, value in found.items()}, self.step)
         if not math.isfinite(found["loss"]):
-            raise NonFiniteError(f"the validation loss became {found['loss']} after step {self.step}. {ADVICE}")
+            images, _ = next(run.feeds.validation.epoch(), (run.feeds.validation.blank(), None))
+            layer = nonfinite.first_output(run.model, run.engine, run.world, [images])
+            where = f"; the first layer whose output is not finite is {layer}" if layer else ""
+            raise NonFiniteError(f"the validation loss became {found['loss']} after step {self.step}{where}. {ADVICE}")
         run.progress.say(
             f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images"
         )
 
 
-def stopped_at_nonfinite(run: Run, step: int, loss: float) -> NonFiniteError:
-    """The error for a loss that turned non-finite, naming the step and the layer."""
+def stopped_at_nonfinite(run: Run, step: int, loss: float, images: list[Tensor]) -> NonFiniteError:
+    """The error for a loss that turned non-finite, naming the step and the layer; `images` are the step's micro batches on this rank."""
     run.records.stopped(step)
-    layer = first_nonfinite(run.model, run.engine)
-    where = f"the first layer whose gradient is not finite is {layer}" if layer else "all gradients are still finite"
+    where = nonfinite.culprit(run.model, run.engine, run.world, images)
     return NonFiniteError(f"the loss became {loss} at step {step}; {where}. {ADVICE}")

@@ -366,34 +366,6 @@ def test_fast_and_slow_ranks_ask_each_other_equally_often(make: MakeRun, monkeyp
 # ---------------------------------------------------------------------------------------------------------------- non-finite
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    ("parameter", "index", "layer"),
-    [
-        ("stem.conv.weight", 0, "stem.conv"),
-        ("stem.norm.bias", 1, "stem.norm"),
-        ("stages.2.stacks.1.pwconv1_weight", 1, "stages.2.blocks.2.pwconv1"),
-        ("stages.1.downsample.norm.bias", 0, "stages.1.downsample.norm"),
-        ("stages.3.stacks.0.gamma", 0, "stages.3.blocks.0"),
-        ("head.linear.bias", 3, "head.linear"),
-    ],
-)
-def test_the_first_layer_in_path_order_is_named(parameter: str, index: int, layer: str, value: float, make: MakeRun) -> None:
-    """A gradient made non-finite in one layer, and in the head, which comes last."""
-    run = make(depth=26)
-    gradients = {name: torch.zeros_like(p) for name, p in run.model.named_parameters()}
-    names = {id(p): name for name, p in run.model.named_parameters()}
-
-    class Holder(EventEngine):
-        def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-            return gradients[names[id(parameter)]]
-
-    assert loop.first_nonfinite(run.model, Holder()) is None
-    gradients["head.linear.weight"][0] = math.nan
-    gradients[parameter].view(gradients[parameter].shape[0], -1)[index, 0] = value
-    assert loop.first_nonfinite(run.model, Holder()) == layer
-
-
 def test_a_loss_that_turns_non_finite_stops_the_run_before_it_reaches_the_weights(make: MakeRun) -> None:
     run = make(max_steps=20, lr=1e30, clip=0.0, schedule="constant")
     with pytest.raises(NonFiniteError) as stopped:
@@ -401,12 +373,13 @@ def test_a_loss_that_turns_non_finite_stops_the_run_before_it_reaches_the_weight
     steps = list(recorded(run).metrics["train/loss"])
     assert all(math.isfinite(loss) for loss in recorded(run).metrics["train/loss"].values())
     sentence = str(stopped.value)
-    assert f"at step {steps[-1] + 1};" in sentence and "stem.conv" in sentence and "--lr" in sentence and "\n" not in sentence
+    assert f"at step {steps[-1] + 1}; all weights are finite, and the first layer whose output is not is stem." in sentence
+    assert "--lr" in sentence and "\n" not in sentence
     assert stopped.value.exit_code == 3
 
 
 def test_a_validation_loss_that_is_not_finite_fails_the_run(make: MakeRun) -> None:
     """The last step's weights are seen by no further training loss."""
     run = make(max_steps=1, lr=1e30, clip=0.0, schedule="constant")
-    with pytest.raises(NonFiniteError, match=r"validation loss became \w+ after step 1"):
+    with pytest.raises(NonFiniteError, match=r"validation loss became \w+ after step 1; the first layer whose output is not finite is stem\."):
         loop.Fit(run)()

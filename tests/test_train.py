@@ -199,7 +199,7 @@ def test_exit_codes_come_through_the_launcher(launch: Launch, tmp_path: Path) ->
     done = launch(*TINY, "--max-steps", "20", "--lr", "1e30", "--clip", "0")
     assert done.returncode == 3, done.output
     (sentence,) = [line for line in done.output.splitlines() if line.startswith("deepscale: ")]
-    assert "the loss became" in sentence and "at step" in sentence and "stem.conv" in sentence and "--lr" in sentence
+    assert "the loss became" in sentence and "at step" in sentence and "whose output is not is stem." in sentence and "--lr" in sentence
     assert "Traceback" not in done.output
     (run,) = runs_in(tmp_path)
     assert run.status == "FAILED"

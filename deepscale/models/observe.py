@@ -17,6 +17,8 @@ class BlockObserver:
     observers of the same blocks on other ranks.
     """
 
+    without_gradients = False  # whether passes without gradients, which are evaluation's, show their outputs too
+
     def __init__(self, blocks: int, units: int, device: torch.device) -> None:
         self.blocks, self.units, self.device = blocks, units, device
         self.reset()

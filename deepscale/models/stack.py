@@ -67,8 +67,8 @@ class _StackFunction(torch.autograd.Function):
             first, measuring = x, moments if stack.training else None
             for i in range(weights.blocks):
                 x = _forward(work, x, i, measuring, keeping, kept)
-        if stack.observer is not None and keeping is not None:
-            stack.observer.output(weights.blocks - 1, x)
+                if stack.observer is not None and (stack.observer.without_gradients if keeping is None else i == weights.blocks - 1):
+                    stack.observer.output(i, x)  # with gradients, backward shows the others: what it needs of them it has then
         if moments is not None and stack.training:
             stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
         # The input is saved for autograd's check that nobody overwrites it, but where a store has a copy: there it must not stay.
@@ -137,7 +137,7 @@ class BlockStack(nn.Module):
     Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
     (n, 1) or (n, C). `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch. `keeping` says what
     forward leaves for backward, at first all (deepscale/activations.py changes it). While an `observer` is attached, forward and
-    backward passes with gradients show it every block; they compute the same values.
+    backward passes with gradients show it every block, and passes without if it asks for them; they compute the same values.
     """
 
     observer: BlockObserver | None = None
