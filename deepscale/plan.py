@@ -11,24 +11,12 @@ from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
 from deepscale.models.convnext import default_stack_size
-from deepscale.plan_choices import FAST_SEGMENT, FITS, choose, fits
+from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
-from deepscale.plan_network import EVALUATION_BATCH, Images, flops_of, images_of, segment_of, stage_shapes
+from deepscale.plan_network import Images, flops_of, images_of
 from deepscale.plan_time import measure_step_s
 from deepscale.progress import gib
 from deepscale.world import World
-
-__all__ = [
-    "EVALUATION_BATCH",
-    "FAST_SEGMENT",
-    "Memory",
-    "Plan",
-    "flops_of",
-    "memory_of",
-    "resolve",
-    "segment_of",
-    "stage_shapes",
-]  # what other modules use
 
 WIDTHS = (64, 32, 16, 8)
 PATCHES = (1, 2, 4)

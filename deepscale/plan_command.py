@@ -14,7 +14,7 @@ from deepscale.config import GROUPS, Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
 from deepscale.plan_choices import Choice, deepest, placements, policies
-from deepscale.plan_network import images_of
+from deepscale.plan_network import flops_of, images_of
 from deepscale.plan_time import measure_step_s
 from deepscale.world import World
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     if not given.max_depth:
         asked = kernel.choose(asked, place, _say, _say)
     shape = {"channels": 1 if asked.data.dataset == "fashionmnist" else 3, "image_size": 32, "classes": given.classes}
-    record = {"machine": dataclasses.asdict(machine) | {"process_bytes": process_bytes(asked), "here": here(asked, given)}}
+    record = {"machine": dataclasses.asdict(machine) | {"process_bytes": process_bytes(asked), "here": here(given)}}
     if given.max_depth:
         record |= _depths(asked, machine, shape)
     else:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(record, indent=2, default=str) if given.json else plan_report.text(record))
 
 
-def here(asked: Config, given: argparse.Namespace) -> bool:
+def here(given: argparse.Namespace) -> bool:
     """Whether the device that is planned for is this machine's, so that it can be timed."""
     return given.device_memory is None
 
@@ -88,9 +88,9 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
     """The plan of a run, and of all choices at its size."""
     found = plan.resolve(asked, place, machine, **shape)
     step_s = found.step_s
-    if step_s is None and here(asked, given):
+    if step_s is None and here(given):
         step_s = measure_step_s(found.config, place, images_of(found.config, place.size, **shape))
-    flops = plan.flops_of(found.config, machine.ranks, **shape)
+    flops = flops_of(found.config, machine.ranks, **shape)
     parts = found.config.recipe.accumulation * machine.ranks
     engine = found.config.engine
     chosen = Choice(int(engine.zero), engine.offload, engine.activations, engine.segment)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.models.initial import seed_of
+from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
 
 
@@ -81,7 +82,7 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress, loadin
         source,
         settings.data,
         micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
-        eval_batch=plan.EVALUATION_BATCH,
+        eval_batch=EVALUATION_BATCH,
         seed=settings.recipe.seed,
         rank=place.rank,
         world_size=place.size,

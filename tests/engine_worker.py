@@ -8,18 +8,17 @@ last step, the running statistics of this rank, and the whole state at the end. 
 flag behind: cases in low precision come last.
 """
 
-import json
-import sys
 from typing import Any
 
 import torch
+from rank import Case, run_cases
 from torch import Tensor, nn
 
 from deepscale import ops, world
 from deepscale.activations import policy_of
 from deepscale.checkpoints import gathered_state
-from deepscale.config import IN_SEGMENTS, Config, EngineConfig
-from deepscale.engine import build_engine, hush
+from deepscale.config import IN_SEGMENTS, Config
+from deepscale.engine import build_engine
 from deepscale.loop import train_step
 from deepscale.models.components import commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
@@ -53,7 +52,7 @@ def micro_batches(settings: Config, place: world.World, steps: int) -> list[Batc
     return parts
 
 
-def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
+def run(case: Case, place: world.World) -> dict[str, Any]:
     """Trains the case's network for its steps."""
     defaults = {"depth": 14, "patch_size": 4, "width": 4, "batch_size": BATCH, "lr": 1e-3}
     defaults |= {"zero": 0, "offload": "none", "precision": "fp32", "activations": "keep"}
@@ -88,7 +87,7 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_plain(case: dict[str, Any], place: world.World) -> dict[str, Any]:
+def run_plain(case: Case) -> dict[str, Any]:
     """The same steps with the unstacked reference, torch's AdamW and its OneCycle, all written out; on one rank."""
     settings = Config().replace(patch_size=4, width=4, depth=14, **case["settings"])
     plain = PlainConvNeXt(settings.model, classes=CLASSES).initialise(0)
@@ -119,23 +118,12 @@ def run_plain(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     return {"losses": losses, "state": stacked.state_dict(), "evaluated": evaluated}
 
 
-def main() -> None:
-    """Runs the cases of a file."""
-    cases, target = sys.argv[1:3]
-    hush(False)
-    ops.skip_shm_comm()
-    place = world.join(EngineConfig(threads=1, device="cpu"))
-    ready = ops.ensure_ops(["cpu_adam"], print)["cpu_adam"] is None
-    results: dict[str, Any] = {"cpu_adam": ready}
-    with open(cases) as file:
-        for case in json.load(file):
-            if case.get("cpu_adam") and not ready:
-                continue
-            torch.manual_seed(0)
-            results[case["name"]] = (run_plain if case.get("plain") else run)(case, place)
-    torch.save(results, f"{target}.{place.rank}")
-    world.leave()
+def train(case: Case, place: world.World) -> dict[str, Any] | None:
+    """A case by the engine that it names, or None where it needs DeepSpeed's CPU optimiser and that cannot be had."""
+    if case.get("cpu_adam") and not ops.OPS["cpu_adam"].loaded():
+        return None
+    return run_plain(case) if case.get("plain") else run(case, place)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(train, lambda place: {"cpu_adam": ops.ensure_ops(["cpu_adam"], print)["cpu_adam"] is None})

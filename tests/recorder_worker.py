@@ -7,20 +7,19 @@ every rank writes its own to results.RANK, is the record of `RECORDED`, two of t
 torch_autocast leaves a global flag behind: cases in low precision come last.
 """
 
-import json
-import sys
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from engine_worker import CLASSES, global_batch
+from rank import Case, run_cases
 from torch import Tensor, nn
 
-from deepscale import ops, world
+from deepscale import world
 from deepscale.activations import policy_of
-from deepscale.config import IN_SEGMENTS, Config, EngineConfig
-from deepscale.engine import Share, build_engine, hush
+from deepscale.config import IN_SEGMENTS, Config
+from deepscale.engine import Share, build_engine
 from deepscale.gradflow.flow import Flow
 from deepscale.gradflow.measure import Measured
 from deepscale.gradflow.recorder import Recorder
@@ -48,7 +47,7 @@ def micro_batches(accumulation: int, place: world.World) -> Iterator[tuple[Tenso
             yield images, labels
 
 
-def settings_of(case: dict[str, Any]) -> Config:
+def settings_of(case: Case) -> Config:
     """26 layers of width 4; ReLU, which makes zeros and dead units; gamma 0.1, at which only fp16's second step overflows; clipped."""
     own = {name: case[name] for name in ("offload", "activations", "accumulation", "precision")}
     engine = {"engine": "torch", "zero": 0} if case["engine"] == "torch" else {"zero": int(case["engine"][1])}
@@ -66,7 +65,7 @@ def with_dead_units(model: M) -> M:
     return model
 
 
-def run(case: dict[str, Any], place: world.World) -> Flow:
+def run(case: Case, place: world.World) -> Flow:
     """Trains the case's network, stacks of 3 blocks, and records."""
     settings = settings_of(case)
     model = policy_of(settings).apply(ConvNeXt(settings.model, classes=CLASSES, stack_size=3)).initialise(0)
@@ -99,20 +98,5 @@ def maxima_with_nan(rank: int) -> list[float]:
     return record.fields()["max_abs"].tolist()
 
 
-def main() -> None:
-    """Runs the cases of a file."""
-    cases, target = sys.argv[1:3]
-    hush(False)
-    ops.skip_shm_comm()
-    place = world.join(EngineConfig(threads=1, device="cpu"))
-    results: dict[str, Any] = {"maxima with NaN": maxima_with_nan(place.rank)}
-    with open(cases) as file:
-        for case in json.load(file):
-            torch.manual_seed(0)
-            results[case["name"]] = run(case, place)
-    torch.save(results, f"{target}.{place.rank}")
-    world.leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, lambda place: {"maxima with NaN": maxima_with_nan(place.rank)})

@@ -142,19 +142,6 @@ def test_a_process_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch:
         run_within("broken", {}, threads=1, limit_s=30, limit_bytes=10**9)
 
 
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes"), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-    ],
-)
-def test_out_of_memory_is_told_from_other_errors(error: Exception, is_memory: bool) -> None:
-    assert trial.out_of_memory(error) is is_memory
-
-
 def test_a_network_that_runs_out_of_memory_says_so_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As on a GPU, where torch's allocator keeps the limit; any other error stays one."""
     raised: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another error")]
@@ -163,17 +150,6 @@ def test_a_network_that_runs_out_of_memory_says_so_itself(monkeypatch: pytest.Mo
     assert trial._train(values)["outcome"] == OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match="another error"):
         trial._train(values)
-
-
-def test_the_limit_of_a_gpu_is_a_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Namespace(total_memory=80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    device = torch.device("cuda")
-    trial.limit_device(device, 20 * 2**30)
-    trial.limit_device(device, 100 * 2**30)
-    assert given == [(0.25, device), (1.0, device)]
 
 
 # ------------------------------------------------------------------------------------------------------------- the bench

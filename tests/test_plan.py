@@ -19,7 +19,8 @@ from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
 from deepscale.models.convnext import ConvNeXt, count_parameters
 from deepscale.plan import Plan
-from deepscale.plan_network import Images
+from deepscale.plan_choices import FAST_SEGMENT
+from deepscale.plan_network import Images, flops_of
 from deepscale.world import World
 
 GIB = 2**30
@@ -50,7 +51,7 @@ def sizes(found: Plan) -> tuple[Any, ...]:
 
 def cost_model(config: Config, world: World, images: Images) -> float:
     """Seconds of a step on a machine of 1 GFLOP/s."""
-    return plan.flops_of(config, world.size, images.channels, images.side, images.classes).total / 1e9
+    return flops_of(config, world.size, images.channels, images.side, images.classes).total / 1e9
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def test_a_segment_given_by_hand_says_whether_blocks_are_recomputed() -> None:
     for segment, policy in ((3, "recompute"), (None, "keep"), (AUTO, "keep")):
         found = resolve(depth=26, segment=segment).config.engine
         assert (found.activations, found.segment) == (policy, segment if segment != AUTO else None)
-    assert resolve(depth=26, activations="recompute").config.engine.segment == plan.FAST_SEGMENT
+    assert resolve(depth=26, activations="recompute").config.engine.segment == FAST_SEGMENT
 
 
 def test_layerscale_is_resolved_from_the_skip() -> None:

@@ -6,20 +6,19 @@ A case is {"name", "settings" (flat, beside SETTINGS), "steps", "sliced"}; every
 network is one whose blocks are cut out of stacked parameters by autograd itself, as BlockStack does not.
 """
 
-import json
-import sys
 from typing import Any
 
 import torch
 from engine_worker import BATCH, CLASSES, global_batch, micro_batches
+from rank import Case, run_cases
 from torch import Tensor, nn
 
-from deepscale import ops, world
+from deepscale import world
 from deepscale.activations import policy_of
 from deepscale.bench.gathered import Gathered
 from deepscale.checkpoints import gathered_state
-from deepscale.config import Config, EngineConfig
-from deepscale.engine import DeepSpeedEngine, build_engine, hush
+from deepscale.config import Config
+from deepscale.engine import DeepSpeedEngine, build_engine
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt, Head
 from deepscale.models.stack import BlockStack
@@ -56,7 +55,7 @@ class SlicedNetwork(nn.Module):
         return logits
 
 
-def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
+def run(case: Case, place: world.World) -> dict[str, Any]:
     """Trains for the case's steps, with an evaluation after the second."""
     settings = Config().replace(**{**SETTINGS, **case["settings"]})
     model: nn.Module = SlicedNetwork()
@@ -90,20 +89,5 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """Runs the cases of a file."""
-    cases, target = sys.argv[1:3]
-    hush(False)
-    ops.skip_shm_comm()
-    place = world.join(EngineConfig(threads=1, device="cpu"))
-    results: dict[str, Any] = {}
-    with open(cases) as file:
-        for case in json.load(file):
-            torch.manual_seed(0)
-            results[case["name"]] = run(case, place)
-    torch.save(results, f"{target}.{place.rank}")
-    world.leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

@@ -20,7 +20,7 @@ from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.engine import TorchEngine
 from deepscale.models.convnext import cross_entropy
 from deepscale.models.stack import BlockStack
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 from deepscale.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

@@ -18,7 +18,7 @@ from deepscale.bench import networks
 from deepscale.bench.options import KERNELS, say, settings_of, whole
 from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.models import stack
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 
 
 @errors.command

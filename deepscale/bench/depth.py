@@ -21,7 +21,8 @@ from deepscale.config import ACTIVATION_POLICIES, parse_bytes, parse_duration
 from deepscale.depth import LAYERS_PER_BLOCK, MAX_DEPTH, MIN_DEPTH, STAGES
 from deepscale.errors import UsageError
 from deepscale.models.convnext import count_parameters
-from deepscale.plan import memory_of, stage_shapes
+from deepscale.plan_memory import memory_of
+from deepscale.plan_network import stage_shapes
 
 GIB = 2**30
 GOAL_DEEPER = Goal(12.0, at_least=True)

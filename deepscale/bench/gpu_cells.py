@@ -14,11 +14,12 @@ from deepscale.config import Config
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
+from deepscale.plan_memory import Memory, memory_of
+from deepscale.plan_network import flops_of
 from deepscale.world import World
 
 MEASURED, UNFIT, SKIPPED, FAILED, OUT_OF_MEMORY = "measured", "does not fit, by plan", "skipped", "failed", "out of memory"
 OPEN = "not reached"
-HEADINGS_OF_MEMORY = ["device GB planned", "allocated", "reserved", "host GB planned"]
 HEADINGS = [
     "layers",
     "width",
@@ -50,14 +51,14 @@ class Cell:
     numbers: dict[str, Any] = field(default_factory=dict)  # what the measuring process printed
 
     @property
-    def memory(self) -> plan.Memory | None:
+    def memory(self) -> Memory | None:
         """What is planned."""
-        return None if self.settings is None else plan.memory_of(self.settings, 1, CHANNELS, IMAGE_SIZE, CLASSES)
+        return None if self.settings is None else memory_of(self.settings, 1, CHANNELS, IMAGE_SIZE, CLASSES)
 
     @property
     def flops(self) -> float:
         """Of a step, with what is recomputed."""
-        return 0.0 if self.settings is None else plan.flops_of(self.settings, 1, CHANNELS, IMAGE_SIZE, CLASSES).total
+        return 0.0 if self.settings is None else flops_of(self.settings, 1, CHANNELS, IMAGE_SIZE, CLASSES).total
 
     @property
     def how(self) -> str:

@@ -8,7 +8,7 @@ from deepscale.bench.worker import run_worker
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.gradflow.recorder import RECORDS
 from deepscale.gradflow.schedule import record_steps
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 from deepscale.records import counts_saturation
 
 GOAL_NORMS = Goal(0.05)

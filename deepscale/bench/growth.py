@@ -22,7 +22,7 @@ from deepscale.config import parse_depth
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError
 from deepscale.models.convnext import smallest_segment
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 
 DEPTHS = (26, 110, 302, 1_004, 3_002, 10_001)
 GOAL_STEP = Goal(0.1)  # distance of the exponent from 1

@@ -7,7 +7,8 @@ from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import GB, Goal, Row, ratio
 from deepscale.bench.worker import run_worker
 from deepscale.depth import blocks_for_depth, depth_of_blocks
-from deepscale.plan import FAST_SEGMENT, Memory, memory_of
+from deepscale.plan_choices import FAST_SEGMENT
+from deepscale.plan_memory import Memory, memory_of
 
 GOAL_PEAK_GB = Goal(1.3)
 GOAL_KEPT = Goal(1 / 20)

@@ -13,7 +13,7 @@ from deepscale.engine import Engine
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt, default_stack_size, use_kernel
 from deepscale.models.reference import PlainConvNeXt
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 from deepscale.world import World
 
 IMAGE_SIZE = 32

@@ -16,7 +16,7 @@ from deepscale.bench.report import Goal, Report, Row, ratio
 from deepscale.bench.worker import run_worker
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.engine import TorchEngine
-from deepscale.plan import FAST_SEGMENT
+from deepscale.plan_choices import FAST_SEGMENT
 from deepscale.world import World
 
 GOAL_FASTER = Goal(1.5, at_least=True)

@@ -14,9 +14,11 @@ import torch
 
 from deepscale import config, errors, kernel, memory
 from deepscale.bench import networks
+from deepscale.bench.gpu_network import limit_memory
 from deepscale.bench.limit import OUT_OF_MEMORY, TRAINED
 from deepscale.bench.options import KERNELS, say, settings_of, whole
 from deepscale.engine import TorchEngine, hush
+from deepscale.outcome import is_out_of_memory
 from deepscale.world import World
 
 PLAIN = "plain"
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(values: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(values.device)
     if device.type == "cuda":
-        limit_device(device, values.memory)
+        limit_memory(device, values.memory)
+        torch.cuda.reset_peak_memory_stats(device)
     base = memory.resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     result: dict[str, Any] = {"outcome": TRAINED, "base_bytes": base, "peaks": [], "step_s": [], "losses": []}
     try:
@@ -52,7 +55,7 @@ def _train(values: argparse.Namespace) -> dict[str, Any]:
             result["step_s"].append(time.perf_counter() - begin)
             result["peaks"].append(memory.peak_bytes(device))
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         result["outcome"] = OUT_OF_MEMORY
     return result | {"peak_bytes": memory.peak_bytes(device), "losses": training.losses if result["peaks"] else []}
@@ -75,18 +78,6 @@ def settings_for(values: argparse.Namespace, policy: str, depth: int) -> config.
     if policy in config.IN_SEGMENTS:
         return networks.configuration(**sizes, segment=values.segment).replace(activations=policy)
     return networks.configuration(**sizes, segment=0).replace(activations="keep" if policy == PLAIN else policy)
-
-
-def limit_device(device: torch.device, limit: int) -> None:
-    """Lets torch take at most `limit` bytes of a GPU: what it would take beyond raises torch.OutOfMemoryError."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    torch.cuda.reset_peak_memory_stats(device)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch's error of a GPU, that of its allocator on a CPU, or Python's own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepscale.data.beton_file import FeedUnavailable, Say, beton_path, import_ffcv, verify_beton, write_beton
 from deepscale.data.beton_jitter import color_jitter
+from deepscale.data.splits import epoch_order
 
 if TYPE_CHECKING:
     from deepscale.config import DataConfig
@@ -140,11 +141,6 @@ class FfcvFeed:
         for tensor in (images, labels):
             tensor.record_stream(torch.cuda.current_stream(self._device))
         return images, labels
-
-
-def epoch_order(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation (images,) of one epoch, the same on every rank and in the tensor feed."""
-    return np.random.default_rng([seed, epoch]).permutation(images)
 
 
 class _FixedOrder:
