@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepscale import engine_config
+from deepscale import engine_config, engine_states
 from deepscale.config import Config
+from deepscale.engine_states import Held
 from deepscale.models.components import LOW_PRECISION
 from deepscale.optim import build_optimizer
 from deepscale.world import World
@@ -41,6 +42,13 @@ def replicated(parameter: nn.Parameter, rank: int = 0, size: int = 1) -> Share:
     weight = parameter.detach().reshape(-1)[start:end]
     gradient = torch.zeros_like(weight) if parameter.grad is None else parameter.grad.reshape(-1)[start:end]
     return Share(start, gradient, weight)
+
+
+class LossScaleState(NamedTuple):
+    """fp16's loss scale, and the steps since it last changed."""
+
+    value: float
+    steps: int
 
 
 class Engine(Protocol):
@@ -67,8 +75,20 @@ class Engine(Protocol):
         """This rank's part of a parameter and of its gradient, as `gradient` gives it and when it may be asked for. Nothing is sent."""
         ...
 
+    def held(self, parameter: nn.Parameter) -> Held:
+        """This rank's part of a parameter and of the optimiser's state, between two steps. Nothing is sent."""
+        ...
+
+    def restored(self, scale: LossScaleState | None) -> None:
+        """After what `held` gave was overwritten: brings the rest in line with it, and sets fp16's loss scale. Every rank must call."""
+        ...
+
     def loss_scale(self) -> float:
         """What fp16 multiplies the step's loss by, and with it the gradients of activations; 1 otherwise."""
+        ...
+
+    def loss_scale_state(self) -> LossScaleState | None:
+        """fp16's loss scale and what its rule remembers; None in other precisions."""
         ...
 
     def step(self) -> None:
@@ -111,8 +131,18 @@ class TorchEngine:
     def share(self, parameter: nn.Parameter) -> Share:
         return replicated(parameter, self.world.rank, self.world.size)
 
+    def held(self, parameter: nn.Parameter) -> Held:
+        return engine_states.replicated(parameter, self.optimizer)
+
+    def restored(self, scale: LossScaleState | None) -> None:
+        if scale is not None:
+            set_scaler(self.scaler, scale)
+
     def loss_scale(self) -> float:
         return float(self.scaler.get_scale())
+
+    def loss_scale_state(self) -> LossScaleState | None:
+        return scaler_state(self.scaler)
 
     def step(self) -> None:
         if self.clip:
@@ -120,6 +150,17 @@ class TorchEngine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+
+def scaler_state(scaler: torch.amp.GradScaler) -> LossScaleState | None:
+    """What torch's rule remembers, if the scaler scales."""
+    return LossScaleState(float(scaler.get_scale()), int(scaler.state_dict()["_growth_tracker"])) if scaler.is_enabled() else None
+
+
+def set_scaler(scaler: torch.amp.GradScaler, state: LossScaleState) -> None:
+    """Makes torch's rule go on from a state; nothing happens where the scaler does not scale."""
+    if scaler.is_enabled():
+        scaler.load_state_dict(scaler.state_dict() | {"scale": state.value, "_growth_tracker": state.steps})
 
 
 class LossScale:
@@ -194,10 +235,33 @@ class DeepSpeedEngine:
             start, gradient, weight = replicated(parameter, self.world.rank, self.world.size)
         return Share(start, self._unscaled(gradient), weight)
 
+    def held(self, parameter: nn.Parameter) -> Held:
+        if hasattr(parameter, "ds_id"):
+            return engine_states.zero3(parameter, self.world.rank)
+        if hasattr(parameter, "_hp_mapping"):
+            return engine_states.zero12(parameter, self.engine.optimizer)
+        return engine_states.replicated(parameter, self.optimizer)
+
+    def restored(self, scale: LossScaleState | None) -> None:
+        if self.cut_up:
+            # What is gathered now holds the old values; small parameters that a file keeps gathered are gathered again.
+            self.engine.optimizer.checkpoint_event_prologue()
+            self.engine.optimizer.checkpoint_event_epilogue()
+        if scale is not None and self.scale is not None:
+            self.scale.value, self.scale.steps = scale
+            self.engine.optimizer.override_loss_scale(scale.value)
+        if scale is not None and self.z0_scaler is not None:
+            set_scaler(self.z0_scaler, scale)
+
     def loss_scale(self) -> float:
         if self.scale is not None:
             return self.scale.value
         return 1.0 if self.z0_scaler is None else float(self.z0_scaler.get_scale())
+
+    def loss_scale_state(self) -> LossScaleState | None:
+        if self.scale is not None:
+            return LossScaleState(self.scale.value, self.scale.steps)
+        return None if self.z0_scaler is None else scaler_state(self.z0_scaler)
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         scale = self.loss_scale()

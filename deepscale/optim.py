@@ -14,6 +14,7 @@ from deepscale.models.convnext import parameter_groups
 
 # torch's OneCycleLR starts at lr / 25: the calibration steps of a time budget run at this rate.
 DIV_FACTOR = 25.0
+LEAP = 2**30  # a step that no run is near
 PIECE = 2**16  # elements whose weight, gradient and moments stay in a core's cache
 
 
@@ -58,10 +59,18 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, cpu_adam: bool = Fal
     if cpu_adam:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, adamw_mode=True)
+        optimizer: Optimizer = DeepSpeedCPUAdam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, adamw_mode=True)
+        optimizer.register_step_pre_hook(_forget_products)
+        return optimizer
     if next(model.parameters()).is_cuda:
         return AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
     return AdamWInPieces(groups, lr=recipe.lr, betas=betas, eps=recipe.eps)
+
+
+def _forget_products(optimizer: Any, *_: Any) -> None:
+    """DeepSpeed's op multiplies its powers of the betas on from step to step, which a resumed run could not: after a leap it takes them anew."""
+    one = [torch.zeros(1) for _ in range(4)]
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, LEAP, 0.0, *optimizer.param_groups[0]["betas"], 1.0, 0.0, True, *one)
 
 
 def start(optimizer: Optimizer, recipe: RecipeConfig) -> None:

@@ -39,6 +39,14 @@ class World:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        if self.size == 1 or not dist.is_initialized():
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         """Summed over ranks, in place; as they are where nothing is distributed."""
         if self.size > 1 and dist.is_initialized():

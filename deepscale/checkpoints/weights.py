@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -52,16 +53,20 @@ def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
     return state
 
 
-def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
-    """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
-    network = {
+def described(settings: Config, info: DatasetInfo) -> dict[str, Any]:
+    """What rebuilds the network of planned settings."""
+    return {
         "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks},
         "stack_size": settings.engine.stack_size,
         "classes": info.classes,
         "channels": info.channels,
     }
+
+
+def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
+    """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
     path = folder / WEIGHTS
-    write(path, state, {"deepscale": json.dumps(network), "layout": "stacked"})
+    write(path, state, {"deepscale": json.dumps(described(settings, info)), "layout": "stacked"})
     return path
 
 
