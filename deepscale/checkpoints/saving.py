@@ -6,7 +6,6 @@ next save, where the ranks tell each other how the last one went.
 """
 
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -32,6 +31,8 @@ from deepscale.config import Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
 from deepscale.engine_states import steps_of
+from deepscale.errors import UsageError
+from deepscale.files import atomic, sync
 from deepscale.world import World
 
 BEST = "best.json"
@@ -203,7 +204,7 @@ class Saver:
             part = {"error": saving.error}
             with suppress(OSError):
                 (saving.folder / rank_file(self.world.rank)).unlink()
-        with suppress(OSError):  # where this cannot be written, the ranks hear of it at the next save
+        with suppress(UsageError):  # where this cannot be written, the ranks hear of it at the next save
             _write_json(saving.folder / f"part-{self.world.rank}.json", part)
         saving.written.set()
         if self.world.is_main:
@@ -228,8 +229,7 @@ class Saver:
         path = saving.folder / ARRAYS
         with path.open("wb") as file:
             np.savez(file, **saving.arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
+        sync(path)
         files[ARRAYS] = {"bytes": path.stat().st_size, "sha256": tensor_file.sha256_of(path)}
         for name, part in files.items():
             size = (saving.folder / name).stat().st_size
@@ -239,12 +239,12 @@ class Saver:
         _write_json(saving.folder / MANIFEST, manifest | {"sha256": signature(manifest)})
         for said in saving.folder.glob("part-*.json"):
             said.unlink()
-        _sync(saving.folder)
+        sync(saving.folder)
         target = self.folder / step_name(saving.step)
         if target.exists():  # a damaged one, or of a run that went on from an earlier one
             _remove(target)
         saving.folder.rename(target)
-        _sync(self.folder)
+        sync(self.folder)
         took, mib = time.monotonic() - saving.begin, sum(part["bytes"] for part in files.values()) / 2**20
         self.say(f"checkpoint of step {saving.step:,} saved in {took:.1f} s, {mib:,.0f} MiB: {target}")
         self._forget(saving)
@@ -295,16 +295,8 @@ def _checked(path: Path, written: tensor_file.Written) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A small file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -312,15 +304,6 @@ def _remove(checkpoint: Path) -> None:
     gone = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
     checkpoint.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:
