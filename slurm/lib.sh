@@ -1,0 +1,103 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it. Nothing here knows of a cluster: cluster.sh does.
+#
+# Environment of a job: DEEPSCALE_SHARED (cluster.sh), and what this sets:
+#   JOB                    the job's folder, jobs/NAME-ID (NAME-ARRAY_TASK) in the shared one; the same after a requeue
+#   DEEPSCALE_OPS_DIR      compiled ops that `deepscale prepare` left
+#   MLFLOW_TRACKING_URI    unless given: a store in the job's folder, since jobs must not share an SQLite file over a network
+#   MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS
+
+INTERRUPTED=75 # exit code of a training that was asked to stop, wrote its checkpoint and can go on
+
+say() { echo "slurm: $*"; }
+fail() {
+    echo "slurm: $*" >&2
+    exit 2
+}
+
+# begin_job NAME: checks what compute nodes need, and sets the environment above.
+begin_job() {
+    [[ -n ${DEEPSCALE_SHARED:-} ]] || fail "DEEPSCALE_SHARED is not set: give the folder that all nodes see in slurm/cluster.sh"
+    command -v deepscale >/dev/null || fail "there is no command deepscale on $(hostname): see the second line of slurm/cluster.sh"
+    JOB=$DEEPSCALE_SHARED/jobs/$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    mkdir -p "$JOB" || fail "$JOB cannot be made: is $DEEPSCALE_SHARED (slurm/cluster.sh) there on $(hostname), and yours?"
+    JOB=$(cd "$JOB" && pwd)
+    export JOB DEEPSCALE_OPS_DIR=${DEEPSCALE_OPS_DIR:-$DEEPSCALE_SHARED/ops}
+    export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$JOB/mlflow.db}
+    MASTER_ADDR=$(address_of "$(hosts | head -n 1)") && export MASTER_ADDR
+    # Below the ports that the system gives away by itself; two jobs on a node have different ones.
+    export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    GPUS=${SLURM_GPUS_ON_NODE:-0}
+    TASKS=${SLURM_NTASKS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))} # per node
+    CPUS=$((SLURM_CPUS_ON_NODE > TASKS ? SLURM_CPUS_ON_NODE / TASKS : 1)) # per task
+    export OMP_NUM_THREADS=$CPUS
+    say "job $SLURM_JOB_ID on $(hosts | xargs), $TASKS ranks each with $CPUS cores${SLURM_RESTART_COUNT:+, started for the $((SLURM_RESTART_COUNT + 1)). time}"
+    say "records and checkpoints in $JOB"
+}
+
+hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+# The address at which Slurm itself reaches a node; on most clusters that is its name.
+address_of() {
+    local address
+    address=$(scontrol show node "$1" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    echo "${address:-$1}"
+}
+
+# launch NODES COMMAND...: the command on each rank, on the job's first so many nodes. Becomes srun: call it in the background.
+launch() {
+    local nodes=$1
+    shift
+    local -a options=(--nodes="$nodes" --nodelist="$(hosts | head -n "$nodes" | paste -sd,)" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
+    # Every rank sees all GPUs of its node and takes that of its number, as with other launchers.
+    ((GPUS == 0)) || options+=(--gpu-bind=none)
+    # No kill on the first bad exit: exit code 75 is one, and rank 0 may still be closing its record then.
+    exec srun "${options[@]}" --overcommit --kill-on-bad-exit=0 --wait=300 \
+        bash -c 'source "$0/lib.sh"; be_rank; exec "$@"' "$DEEPSCALE_SLURM" "$@"
+}
+
+# In a task of srun: the names by which torch, DeepSpeed and deepscale know a rank.
+be_rank() {
+    local -a here
+    IFS=, read -ra here <<<"$SLURM_GTIDS"
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${#here[@]}
+    trap '' USR1 # would end a program that does not listen yet; `supervise` says it again
+}
+
+# supervise COMMAND...: waits for the command, hands on the signals that this script gets, and puts the job back into the queue
+# when it was stopped by USR1, which Slurm sends before the time limit (#SBATCH --signal). Ends the script with the command's code.
+# SIGTERM is a scancel or a preemption: Slurm itself knows whether such a job shall run again.
+supervise() {
+    local asked='' code=0 seconds=0 child
+    trap 'asked=USR1' USR1
+    trap 'asked=TERM' TERM
+    "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do
+        if [[ -z $asked ]]; then
+            wait "$child" || true # also returns when a signal comes
+        else
+            ((seconds++ % 10)) || kill -s "$asked" "$child" 2>/dev/null
+            sleep 1
+        fi
+    done
+    wait "$child" || code=$?
+    # 138: USR1 came after Python had put down its handlers, at the very end.
+    if [[ $asked == USR1 ]] && ((code == INTERRUPTED || code == 138)); then
+        say "stopped by the signal before the time limit; back into the queue to go on from the checkpoint"
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        say "Slurm did not requeue the job: submit it again with --checkpoint-dir $JOB/checkpoints"
+    elif ((code == INTERRUPTED)); then
+        say "interrupted after a checkpoint; to go on, submit again with --checkpoint-dir $JOB/checkpoints"
+    fi
+    exit "$code"
+}
+
+# train NODES ARGUMENTS...: trains with what `deepscale prepare` left; goes on where an earlier start of this job stopped.
+train() {
+    local nodes=$1
+    shift
+    # Named by hand, so that missing files end the job instead of training on synthetic images. What the user says comes later and wins.
+    supervise launch "$nodes" python -m deepscale.train --no-download --dataset cifar10 --data-dir "$DEEPSCALE_SHARED/data" \
+        --checkpoint-dir "$JOB/checkpoints" --resume auto "$@"
+}
