@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("deepscale.export", "weights by the plain network's names, and back"),
     "gradflow": ("deepscale.gradflow.command", "probe a network before training; the verdict of a recorded run"),
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
+    "merge": ("deepscale.merge", "copy the runs of many jobs' stores into one"),
     "report": ("deepscale.report.command", "an offline page of runs: gradient against depth, table, heatmaps; sends what is unsent"),
 }
 

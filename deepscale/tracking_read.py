@@ -94,11 +94,15 @@ class Reader:
 
     def history(self, run: MlflowRun, metric: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of a metric in order of the steps; of a step logged twice the later value."""
+        points = self.points(run, metric)
+        return sorted({point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}.items())
+
+    def points(self, run: MlflowRun, metric: str) -> list[Any]:
+        """All that was logged of a metric: MLflow's entities, with step, timestamp (ms since 1970) and value."""
         if metric not in run.data.metrics:
             return []
         with self._errors():
-            points = self._client.get_metric_history(run.info.run_id, metric)
-        return sorted({point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}.items())
+            return list(self._client.get_metric_history(run.info.run_id, metric))
 
     def median(self, run: MlflowRun, metric: str) -> float | None:
         """The median of a metric over the steps."""

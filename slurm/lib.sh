@@ -7,6 +7,9 @@
 #   MLFLOW_TRACKING_URI    unless given: a store in the job's folder, since jobs must not share an SQLite file over a network
 #   MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS
 
+# shellcheck source=slurm/cluster.sh
+source "$DEEPSCALE_SLURM/cluster.sh" || exit 2
+
 INTERRUPTED=75 # exit code of a training that was asked to stop, wrote its checkpoint and can go on
 
 say() { echo "slurm: $*"; }
@@ -28,8 +31,15 @@ begin_job() {
     # Below the ports that the system gives away by itself; two jobs on a node have different ones.
     export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     GPUS=${SLURM_GPUS_ON_NODE:-0}
-    TASKS=${SLURM_NTASKS_PER_NODE:-$((GPUS > 0 ? GPUS : 1))} # per node
-    CPUS=$((SLURM_CPUS_ON_NODE > TASKS ? SLURM_CPUS_ON_NODE / TASKS : 1)) # per task
+    if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
+        TASKS=$SLURM_NTASKS_PER_NODE # on each node
+    elif [[ -n ${SLURM_NTASKS:-} ]]; then
+        TASKS=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+        ((TASKS * SLURM_JOB_NUM_NODES == SLURM_NTASKS)) || fail "$SLURM_NTASKS tasks do not divide by $SLURM_JOB_NUM_NODES nodes: give --ntasks-per-node"
+    else
+        TASKS=$((GPUS > 0 ? GPUS : 1))
+    fi
+    CPUS=$((SLURM_CPUS_ON_NODE > TASKS ? SLURM_CPUS_ON_NODE / TASKS : 1)) # for each of them
     export OMP_NUM_THREADS=$CPUS
     say "job $SLURM_JOB_ID on $(hosts | xargs), $TASKS ranks each with $CPUS cores${SLURM_RESTART_COUNT:+, started for the $((SLURM_RESTART_COUNT + 1)). time}"
     say "records and checkpoints in $JOB"
@@ -52,6 +62,7 @@ launch() {
     # Every rank sees all GPUs of its node and takes that of its number, as with other launchers.
     ((GPUS == 0)) || options+=(--gpu-bind=none)
     # No kill on the first bad exit: exit code 75 is one, and rank 0 may still be closing its record then.
+    # shellcheck disable=SC2016
     exec srun "${options[@]}" --overcommit --kill-on-bad-exit=0 --wait=300 \
         bash -c 'source "$0/lib.sh"; be_rank; exec "$@"' "$DEEPSCALE_SLURM" "$@"
 }
@@ -64,26 +75,26 @@ be_rank() {
     trap '' USR1 # would end a program that does not listen yet; `supervise` says it again
 }
 
-# supervise COMMAND...: waits for the command, hands on the signals that this script gets, and puts the job back into the queue
-# when it was stopped by USR1, which Slurm sends before the time limit (#SBATCH --signal). Ends the script with the command's code.
-# SIGTERM is a scancel or a preemption: Slurm itself knows whether such a job shall run again.
+# supervise COMMAND...: waits for the command. On USR1, which Slurm sends before the time limit (#SBATCH --signal), it asks the command to
+# stop, and puts the job back into the queue. Ends the script with the command's exit code.
+# SIGTERM is a scancel or a preemption. Slurm sends it to the ranks as well, and knows whether such a job shall run again.
 supervise() {
-    local asked='' code=0 seconds=0 child
-    trap 'asked=USR1' USR1
-    trap 'asked=TERM' TERM
+    local asked='' seconds=0 code=0 child
+    trap 'asked=yes' USR1
+    trap : TERM
     "$@" &
     child=$!
     while kill -0 "$child" 2>/dev/null; do
         if [[ -z $asked ]]; then
-            wait "$child" || true # also returns when a signal comes
+            wait "$child" || true # returns when a signal comes, too
         else
-            ((seconds++ % 10)) || kill -s "$asked" "$child" 2>/dev/null
+            ((seconds++ % 10)) || kill -s USR1 "$child" 2>/dev/null || true
             sleep 1
         fi
     done
     wait "$child" || code=$?
     # 138: USR1 came after Python had put down its handlers, at the very end.
-    if [[ $asked == USR1 ]] && ((code == INTERRUPTED || code == 138)); then
+    if [[ -n $asked ]] && ((code == INTERRUPTED || code == 138)); then
         say "stopped by the signal before the time limit; back into the queue to go on from the checkpoint"
         scontrol requeue "$SLURM_JOB_ID" && exit 0
         say "Slurm did not requeue the job: submit it again with --checkpoint-dir $JOB/checkpoints"
