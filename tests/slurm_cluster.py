@@ -111,17 +111,18 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """A node that dies: its daemon and all that runs on it end at once, without a word to the controller."""
-        family = self._pids(f"{node}.pid")
-        spool = f"{self.folder}/{node}/"
+        wanted = (f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}")
+        tasks: list[int] = []
+        steps: dict[int, None] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                words = (entry / "environ").read_bytes()
-                # A job's processes name their node; so do the daemons that keep its steps, on their command line.
-                if f"SLURMD_NODENAME={node}\0".encode() in words and self.environment["SLURM_CONF"].encode() in words:
-                    family.append(int(entry.name))
-                elif b"slurmstepd" in (entry / "cmdline").read_bytes() and spool.encode() in words:
-                    family.append(int(entry.name))
-        for pid in family:
+                words = (entry / "environ").read_text(errors="replace").split("\0")
+                if all(word in words for word in wanted):
+                    tasks.append(int(entry.name))
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                        steps[parent] = None
+        for pid in [*self._pids(f"{node}.pid"), *steps, *tasks]:  # the daemons first, so that none tells of the end of a task
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -164,8 +165,13 @@ class Cluster:
         if not key.exists():
             key.write_bytes(os.urandom(1024))
             key.chmod(0o600)
-        files = [f"--{option}={place / option}" for option in ("socket",)]
-        files += [f"--key-file={key}", f"--log-file={place / 'log'}", f"--pid-file={place / 'pid'}", f"--seed-file={place / 'seed'}"]
+        files = [
+            f"--socket={place / 'socket'}",
+            f"--key-file={key}",
+            f"--log-file={place / 'log'}",
+            f"--pid-file={place / 'pid'}",
+            f"--seed-file={place / 'seed'}",
+        ]
         self._daemon("munged", "--force", *files)
 
     def _daemon(self, name: str, *options: str) -> None:
