@@ -1,6 +1,8 @@
 """The native kernel of a block: against torch's operators and against autograd through plain blocks; where it stands back; how it is chosen."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,3 +283,40 @@ def test_a_kernel_that_computes_wrong_is_not_accepted(monkeypatch: pytest.Monkey
 def test_the_compiler_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "ccache c++ -pipe")
     assert op.compiler() == ["ccache", "c++", "-pipe"]
+
+
+OUT_OF_MEMORY = """if True:
+    import resource, sys
+    from types import SimpleNamespace
+    import torch
+    from deepscale import ops
+    from deepscale.models.block import BlockSpec
+    from deepscale.models.native import NativeWork
+    assert ops.ensure_ops(["block"], print)["block"] is None
+    part = sys.argv[2]
+    torch.set_num_threads(int(sys.argv[1]))
+
+    def work(channels):
+        shapes = {"dw": (channels, 3, 3), "dw_bias": channels, "w1": (4 * channels, channels), "b1": 4 * channels, "w2": (channels, 4 * channels)}
+        weights = SimpleNamespace(stacked={name: torch.ones(shape) for name, shape in {**shapes, "b2": channels}.items()})
+        x = torch.ones(2, channels, 2, 2).contiguous(memory_format=torch.channels_last)
+        return NativeWork(BlockSpec(channels, 3, "gelu", "layernorm", "identity", "scalar"), weights, x, None, None), x, weights
+
+    small, x, _ = work(8)
+    small.forward(x, 0)  # starts the threads
+    large, x, grads = work(512)
+    saved, g = large.kept(x, 0)[1] if part == "backward" else None, torch.ones(8, 512)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+    try:
+        large.forward(x, 0) if part == "forward" else large.backward(g, saved, 0, grads)
+    except MemoryError as error:
+        print("CAUGHT", error)
+"""
+
+
+@pytest.mark.parametrize(("threads", "part"), [(1, "backward"), (2, "forward")])
+def test_memory_that_runs_out_is_an_error_and_not_the_end_of_the_process(threads: int, part: str) -> None:
+    """The weights packed for a tile's products are 16 MB, and the address space has room for 1 more."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, str(threads), part], capture_output=True, text=True, timeout=120)
+    assert "CAUGHT the native kernel" in done.stdout and done.returncode == 0, done.stdout + done.stderr

@@ -127,6 +127,28 @@ def test_a_failed_build_gives_its_error_and_leaves_no_op(workshop: Workshop, tmp
     assert ops._find("tiny", [tmp_path], ops.note_of_this_machine("tiny"))[0] is None
 
 
+def test_a_failed_build_is_tried_again_when_something_changed(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every start; but with another compiler, after a signal, and where `deepscale prepare` names a folder."""
+    monkeypatch.setattr(ops, "ops_folders", lambda: [tmp_path])
+    workshop.code, workshop.output = 1, "cpu.cpp:7: error: no such thing\n"
+    ensure = lambda: ops.ensure_ops(["tiny"], workshop.said.append)["tiny"]  # noqa: E731
+    assert "delete" not in str(ensure())
+    for _ in range(2):
+        reason = ensure()
+        assert reason is not None and "error: no such thing" in reason and "delete" in reason and str(tmp_path) in reason
+    assert len(workshop.built) == len(workshop.said) == 1
+    monkeypatch.setattr(ops, "_compiler", lambda: "c++ of next year")
+    workshop.code = -9
+    assert "delete" not in str(ensure()) and "delete" not in str(ensure())
+    assert len(workshop.built) == 3
+    workshop.code = 1
+    assert [ensure() is None, ensure() is None] == [False, False] and len(workshop.built) == 4
+    workshop.code = 0
+    assert ensure() is not None
+    assert workshop.ensure(tmp_path) is None and len(workshop.built) == 5
+    assert ensure() is None
+
+
 def test_a_folder_that_cannot_be_made_is_a_reason(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     reason = workshop.ensure(tmp_path / "file" / "ops")

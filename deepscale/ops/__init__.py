@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from filelock import FileLock, Timeout
 from deepscale.errors import unknown_choice
 from deepscale.ops import block, cpu_adam
 from deepscale.ops.cpu_adam import skip_shm_comm as skip_shm_comm
-from deepscale.ops.op import Op, Say, path_with_ninja
+from deepscale.ops.op import Op, Say, compiler, path_with_ninja
 
 OPS: dict[str, Op] = {"block": block.OP, "cpu_adam": cpu_adam.OP}
 
@@ -44,11 +45,12 @@ INSTRUCTIONS = re.compile(r"^(v?aes|abm|adx|amx|asimd|avx|bmi|f16c|fma|fp|gfni|l
 def ensure_ops(which: Iterable[str], say: Say, verbose: bool = False, folder: Path | None = None) -> dict[str, str | None]:
     """Makes ops ready for this process; what is missing is built, once, however many ranks ask.
 
-    `say` gets one line from the rank that builds, so give each rank one that prints. With `folder`, no other is looked at.
+    `say` gets one line from the rank that builds, so give each rank one that prints. A build that failed is tried again when
+    something has changed. With `folder`, no other is looked at, and a failed build is tried again.
     Returns, per op, None when it is loaded, or a sentence on why it cannot be had.
     """
     folders = ops_folders() if folder is None else [folder.absolute()]
-    return {name: _ensure(name, folders, say, verbose) for name in which}
+    return {name: _ensure(name, folders, say, verbose, folder is not None) for name in which}
 
 
 def check_op(name: str) -> None:
@@ -121,7 +123,7 @@ def _find(name: str, folders: list[Path], here: dict[str, Any]) -> tuple[Path | 
 # ------------------------------------------------------------------------------------------------------ load and build
 
 
-def _ensure(name: str, folders: list[Path], say: Say, verbose: bool) -> str | None:
+def _ensure(name: str, folders: list[Path], say: Say, verbose: bool, again: bool) -> str | None:
     if name not in OPS:
         raise unknown_choice("the op", name, OPS)
     if OPS[name].loaded():
@@ -129,7 +131,7 @@ def _ensure(name: str, folders: list[Path], say: Say, verbose: bool) -> str | No
     here = note_of_this_machine(name)
     library, misfit = _find(name, folders, here)
     if library is None:
-        reason = _build_locked(name, folders, here, say, verbose)
+        reason = _build_locked(name, folders, here, say, verbose, again)
         library, _ = _find(name, folders, here)
         if library is None:
             return "; ".join(text for text in (reason, misfit) if text)
@@ -140,7 +142,7 @@ def _ensure(name: str, folders: list[Path], say: Say, verbose: bool) -> str | No
     return None
 
 
-def _build_locked(name: str, folders: list[Path], here: dict[str, Any], say: Say, verbose: bool) -> str | None:
+def _build_locked(name: str, folders: list[Path], here: dict[str, Any], say: Say, verbose: bool, again: bool = False) -> str | None:
     """Builds an op in the first writable folder unless another process does so meanwhile; a sentence when it cannot."""
     folder = next((folder for folder in folders if _writable(folder)), None)
     if folder is None:
@@ -151,7 +153,8 @@ def _build_locked(name: str, folders: list[Path], here: dict[str, Any], say: Say
         with FileLock(folder / f"{name}.lock", timeout=BUILD_LIMIT_S):
             if _find(name, folders, here)[0] is not None:
                 return None
-            return _build(name, place, here, say, verbose)
+            before = None if again else _failed_before(place, here)
+            return before or _build(name, place, here, say, verbose)
     except Timeout:
         return f"another process has been building {name} in {folder} for {BUILD_LIMIT_S / 60:.0f} minutes"
     except OSError as error:
@@ -175,13 +178,41 @@ def _build(name: str, place: Path, here: dict[str, Any], say: Say, verbose: bool
         say(output)
     library = place / f"{name}.so"
     if code != 0 or not library.is_file():
-        return f"building {name} failed: {_essence(output) or f'exit code {code}'} (all messages: {log})"
+        reason = f"building {name} failed: {_essence(output) or f'exit code {code}'} (all messages: {log})"
+        if code > 0:  # a signal, such as that of a machine without memory, says nothing of the next time
+            _failure_note(place).write_text(json.dumps({**here, "compiler": _compiler(), "reason": reason}, indent=1) + "\n")
+        return reason
     note = {**here, "sha256": hashlib.sha256(library.read_bytes()).hexdigest(), "build_s": round(time.monotonic() - started, 1)}
     fresh = place / "note.new"
     fresh.write_text(json.dumps(note, indent=1) + "\n")
     # The note comes last: an op without one is not looked at.
     fresh.rename(library.with_suffix(".json"))
     return None
+
+
+def _failure_note(place: Path) -> Path:
+    return place / "failed.json"
+
+
+def _failed_before(place: Path, here: dict[str, Any]) -> str | None:
+    """Why a build with these versions and this compiler failed before, or None."""
+    try:
+        note = json.loads(_failure_note(place).read_text())
+        if note != {**here, "compiler": _compiler(), "reason": note["reason"]}:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"{note['reason']}; nothing has changed since: to try again, delete {_failure_note(place)}"
+
+
+def _compiler() -> str:
+    """The compiler's command and the first line in which it names its version."""
+    command = [*compiler(), "--version"]
+    try:
+        said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    return shlex.join([*command[:-1], *said.splitlines()[:1]])
 
 
 def _run_build(name: str, place: Path, log: Path) -> int:

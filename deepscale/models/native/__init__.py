@@ -47,10 +47,16 @@ def load(path: Path) -> None:
     pointer = ctypes.c_void_p
     for function, pointers in ((library.deepscale_forward, 6), (library.deepscale_backward, 7)):
         function.argtypes = [pointer, ctypes.c_int64, *[pointer] * pointers]
-        function.restype = None
     library.deepscale_observe.argtypes = [*[pointer] * 4, ctypes.c_double, pointer]
-    library.deepscale_observe.restype = None
+    for function in (library.deepscale_forward, library.deepscale_backward, library.deepscale_observe):
+        function.restype = _enough_memory
     _library = library
+
+
+def _enough_memory(code: int) -> None:
+    """Raises MemoryError for a function's code that says so."""
+    if code:
+        raise MemoryError("the native kernel found no memory for its tiles")
 
 
 def loaded() -> bool:

@@ -387,12 +387,21 @@ struct Block {
     T* gradient(void* p, int64_t size) const { return static_cast<T*>(p) + i * size; }
     int64_t threads() const { return std::max<int64_t>(1, std::min(s.threads, N)); }
 
+    // An exception that left a thread of OpenMP would end the process: it is thrown again behind the threads.
     template <class Work>
     void parallel(Work work) const {
         const int64_t n = threads();
         if (n == 1) return work(0, int64_t{0}, N);
-#pragma omp parallel for num_threads(n) schedule(static, 1)
-        for (int64_t t = 0; t < n; ++t) work(t, N * t / n, N * (t + 1) / n);
+        bool enough = true;
+#pragma omp parallel for num_threads(n) schedule(static, 1) reduction(&& : enough)
+        for (int64_t t = 0; t < n; ++t) {
+            try {
+                work(t, N * t / n, N * (t + 1) / n);
+            } catch (const std::bad_alloc&) {
+                enough = false;
+            }
+        }
+        if (!enough) throw std::bad_alloc();
     }
 
     // (C, k, k) -> (k * k, C)
@@ -571,27 +580,44 @@ void with_type(const Stack& s, Work work) {
     else with_width<float>(s.channels, [&](auto v) { work(float{}, v); });
 }
 
+// 0, or 1 where there was not enough memory: no exception leaves the library.
+template <class Work>
+int code_of(Work work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace
 
 extern "C" {
 
-void deepscale_forward(const Stack* s, int64_t i, const void* x, void* out, void* xhat, void* inverse, void* d, void* a) {
-    with_type(*s, [&](auto zero, auto v) {
-        using T = decltype(zero);
-        Block<T, decltype(v)::value>(*s, i).forward((const T*)x, (T*)out, (T*)xhat, (T*)inverse, (T*)d, (T*)a);
+int deepscale_forward(const Stack* s, int64_t i, const void* x, void* out, void* xhat, void* inverse, void* d, void* a) {
+    return code_of([&] {
+        with_type(*s, [&](auto zero, auto v) {
+            using T = decltype(zero);
+            Block<T, decltype(v)::value>(*s, i).forward((const T*)x, (T*)out, (T*)xhat, (T*)inverse, (T*)d, (T*)a);
+        });
     });
 }
 
-void deepscale_observe(const Stack* s, const void* g, const void* x, const void* d, double limit, double* out) {
-    if (s->float64) observe(*s, (const double*)g, (const double*)x, (const double*)d, limit, out);
-    else observe(*s, (const float*)g, (const float*)x, (const float*)d, float(limit), out);
+int deepscale_observe(const Stack* s, const void* g, const void* x, const void* d, double limit, double* out) {
+    return code_of([&] {
+        if (s->float64) observe(*s, (const double*)g, (const double*)x, (const double*)d, limit, out);
+        else observe(*s, (const float*)g, (const float*)x, (const float*)d, float(limit), out);
+    });
 }
 
-void deepscale_backward(const Stack* s, int64_t i, const void* g, const void* x, const void* xhat, const void* inverse, void* d, const void* a,
-                        void* dx) {
-    with_type(*s, [&](auto zero, auto v) {
-        using T = decltype(zero);
-        Block<T, decltype(v)::value>(*s, i).backward((const T*)g, (const T*)x, (const T*)xhat, (const T*)inverse, (T*)d, (const T*)a, (T*)dx);
+int deepscale_backward(const Stack* s, int64_t i, const void* g, const void* x, const void* xhat, const void* inverse, void* d, const void* a,
+                       void* dx) {
+    return code_of([&] {
+        with_type(*s, [&](auto zero, auto v) {
+            using T = decltype(zero);
+            Block<T, decltype(v)::value>(*s, i).backward((const T*)g, (const T*)x, (const T*)xhat, (const T*)inverse, (T*)d, (const T*)a, (T*)dx);
+        });
     });
 }
 }
