@@ -93,10 +93,10 @@ class Saver:
         self.current: tuple[Saving, threading.Thread] | None = None
         self.copies: dict[str, Tensor] = {}
         self.attempts = 0
-        self.token = world.agree(secrets.token_hex(4))
         if world.is_main:
             for leftover in folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
+        self.token = world.agree(secrets.token_hex(4))  # nobody writes before rank 0 has removed
 
     @torch.no_grad()
     def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None = None) -> None:
