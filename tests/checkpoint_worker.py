@@ -7,7 +7,9 @@ process has saved there; else it starts anew), "saves" (steps), "last" (step)}. 
 says of fixed images at the end, and the state that forward passes read on this rank. Cases in low precision come last (engine_worker.py).
 """
 
+import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,9 +21,10 @@ from engine_worker import BATCH, CLASSES, global_batch, micro_batches
 
 from deepscale import ops, world
 from deepscale.activations import policy_of
-from deepscale.checkpoints import Saver, gathered_state, open_checkpoint, restore
+from deepscale.checkpoints import Saver, find, gathered_state, open_checkpoint, restore, saving
 from deepscale.config import Config, EngineConfig
 from deepscale.engine import build_engine, hush
+from deepscale.errors import UsageError
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt
 from deepscale.optim import build_schedule
@@ -66,6 +69,8 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
 
     def save() -> None:
         if step in case["saves"]:
+            if case.get("fails") and step == case["saves"][0]:
+                fail_once(case["fails"], place)
             saver.save(step, {"seen": step * BATCH, "nothing": None}, {"names": np.array(["stem", "head"])})
 
     save()
@@ -86,6 +91,42 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
     return {"losses": losses, "state": state, "evaluated": evaluated, "said": said, "drawn": drawn, "loss_scale": engine.loss_scale()}
 
 
+def fail_once(how: str, place: world.World) -> None:
+    """The last rank's next file meets a full disk; "silently": the note that says so does, too."""
+    if place.rank + 1 == place.size:
+        write, note = saving.tensor_file.write, saving._write_json
+
+        def full(*arguments: Any) -> Any:
+            saving.tensor_file.write = write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the file")
+
+        def silent(*arguments: Any) -> Any:
+            saving._write_json = note
+            raise UsageError("the disk is full")
+
+        saving.tensor_file.write = full
+        if how == "silently":
+            saving._write_json = silent
+
+
+def damaged_and_found(folder: Path, place: world.World) -> dict[str, Any]:
+    """Which checkpoint every rank finds, before and after the last rank's file of the newest one has changed."""
+    case = {"settings": {"engine": "torch"}, "saves": [1, 2], "last": 2, "folder": str(folder)}
+    warned: list[str] = []
+    found = []
+    for change in (False, True):
+        file = folder / "step-00000002" / f"rank-{place.size - 1}.safetensors"
+        if not change:
+            run(case, place)
+        elif place.is_main:
+            raw = file.read_bytes()
+            file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        place.gather(None)  # nobody looks before
+        checkpoint = find(folder, warned.append, place)
+        found.append(None if checkpoint is None else checkpoint.step)
+    return {"steps": found, "warned": warned}
+
+
 def main() -> None:
     """Runs the cases of a file."""
     cases, target = sys.argv[1:3]
@@ -98,6 +139,7 @@ def main() -> None:
         for case in json.load(file):
             if ready or not case.get("cpu_adam"):
                 results[case["name"]] = run(case, place)
+    results["found"] = damaged_and_found(Path(cases).parent / "damaged", place)
     torch.save(results, f"{target}.{place.rank}")
     world.leave()
 

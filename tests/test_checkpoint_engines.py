@@ -45,6 +45,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "z2 batchnorm": ENGINES["z2"] | BATCHNORM,
     "z1 fp16": ENGINES["z1"] | {"precision": "fp16"},
 }
+FAILING = ("loudly", "silently", "loudly, asynchronous", "silently, asynchronous")
 # Saved on two ranks, resumed on one and saved, resumed on two.
 THERE_AND_BACK = {
     "z2": ("z3", "z0"),
@@ -82,6 +83,9 @@ def one_rank_cases(folder: Path) -> Iterator[Case]:
 def two_rank_cases(folder: Path) -> Iterator[Case]:
     all_settings = ONE_RANK | TWO_RANKS
     returns = [moved(folder, 2, back, all_settings[back], f"1 {name} from 2 {first}") for first, (name, back) in THERE_AND_BACK.items()]
+    for how in FAILING:
+        case = {"settings": ENGINES["torch"], "saves": [HALF, END], "last": END, "fails": how.partition(",")[0], "asynchronous": "," in how}
+        yield case | {"name": f"fails {how}", "folder": str(folder / f"fails {how}")}
     for name, settings in TWO_RANKS.items():
         if name == "z1 fp16":
             yield from (back for back in returns if "fp16" not in back["name"])
@@ -176,3 +180,24 @@ def test_what_an_fp16_run_resumes_with_is_no_fresh_scale(folder: Path, both: dic
     stored = [open_checkpoint(folder / run / f"step-{HALF:08d}").manifest for run in ("1 z0 fp16", "1 z2 fp16", "1 torch fp16", "2 z1 fp16")]
     assert all(manifest["loss_scale"] != [65536.0, 0] for manifest in stored)
     assert any(manifest["optimizer_steps"] < HALF for manifest in stored)
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_a_rank_that_cannot_write_leaves_no_other_waiting(folder: Path, both: dict[int, Any], how: str) -> None:
+    """Even where it cannot say so: one warning, training goes on as if nothing had been saved, and the next save is good."""
+    for found in (results := both[2].result()[0]):
+        assert found[f"fails {how}"]["losses"] == found["torch"]["losses"]
+    warned = [line for line in results[0][f"fails {how}"]["said"] if "not saved" in line]
+    assert warned == [f"the checkpoint of step {HALF} was not saved: the file: No space left on device; training goes on, there is none yet"]
+    assert [path.name for path in (folder / f"fails {how}").iterdir()] == [f"step-{END:08d}"]
+    assert open_checkpoint(folder / f"fails {how}").ranks == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_ranks_find_the_same_checkpoint(both: dict[int, Any], ranks: int) -> None:
+    for result in both[ranks].result()[0]:
+        assert result["found"]["steps"] == [2, 1]
+        (line,) = result["found"]["warned"]
+        assert line.endswith(
+            f"step-00000002 is damaged and is not used: rank-{ranks - 1}.safetensors was changed after it was written (its SHA-256 is another)"
+        )

@@ -196,14 +196,28 @@ def read_manifest(path: Path) -> Manifest:
             raise UsageError(f"its format is {manifest['format']!r}, this deepscale reads format {FORMAT}")
         if written != signature(manifest):
             raise UsageError(f"{MANIFEST} was changed after it was written")
-        expected = {rank_file(rank) for rank in range(manifest["ranks"])} | {ARRAYS}
-        if set(manifest["files"]) != expected:
-            raise UsageError(f"{MANIFEST} lists {', '.join(sorted(set(manifest['files']) ^ expected))}, which does not fit {manifest['ranks']} ranks")
+        _refuse_malformed(manifest)
     except OSError as error:
         raise UsageError(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{MANIFEST} is not a manifest ({error!r})") from None
     return dict(manifest)
+
+
+def _refuse_malformed(manifest: Manifest) -> None:
+    """A signed manifest may still be nonsense, or meant ill. Raises ValueError, KeyError and their like, and UsageError."""
+    ranks, files = manifest["ranks"], manifest["files"]
+    expected = {rank_file(rank) for rank in range(min(ranks, len(files)))} | {ARRAYS}
+    if len(files) != ranks + 1 or set(files) != expected:
+        raise UsageError(f"{MANIFEST} lists {', '.join(sorted(files)[:5])}, which does not fit {ranks} ranks")
+    shapes = [*manifest["tensors"].values(), *manifest["buffers"].values()]
+    counts = [manifest["step"], manifest["optimizer_steps"], *(file["bytes"] for file in files.values()), *(n for shape in shapes for n in shape)]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("a number in it is not whole, or below 0")
+    if not all(isinstance(file["sha256"], str) for file in files.values()) or not isinstance(manifest["progress"], dict):
+        raise ValueError("a hash or the progress is missing")
+    if manifest["loss_scale"] is not None:
+        float(manifest["loss_scale"][0]), int(manifest["loss_scale"][1])
 
 
 def wrong_with(path: Path, manifest: Manifest, names: list[str]) -> str | None:
