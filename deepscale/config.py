@@ -404,6 +404,18 @@ def flat(config: Config) -> dict[str, Any]:
     return {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
 
 
+def as_json(config: Config) -> dict[str, Any]:
+    """`flat` with values that JSON can hold; `from_json` takes them back one by one."""
+    return {name: str(value) if isinstance(value, Every) else value for name, value in flat(config).items()}
+
+
+def from_json(name: str, value: Any) -> Any:
+    """A setting's value out of JSON."""
+    if name == "checkpoint_every" and value is not None:
+        return parse_every(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def differing(config: Config) -> dict[str, Any]:
     """The settings that differ from their defaults."""
     default = flat(Config())
@@ -466,8 +478,15 @@ def from_namespace(values: argparse.Namespace) -> Config:
     return Config().replace(**given)
 
 
-def parse(arguments: Sequence[str] | None = None, prog: str = "deepspeed deepscale/train.py") -> Config:
+def parse(arguments: Sequence[str] | None = None) -> Config:
     """The settings of a command line. Raises UsageError with a sentence for bad input."""
+    return parse_typed(arguments)[0]
+
+
+def parse_typed(arguments: Sequence[str] | None = None, prog: str = "deepspeed deepscale/train.py") -> tuple[Config, frozenset[str]]:
+    """(the settings of a command line, the names of those that were typed). Raises UsageError with a sentence for bad input."""
     command = parser(prog, "Train a ConvNeXt of any depth. Every setting left out is `auto` or its default.")
     add_arguments(command, *GROUPS)
-    return from_namespace(command.parse_args(arguments))
+    values = command.parse_args(arguments)
+    short = {name for _, name, _ in getattr(values, SHORT, ())}
+    return from_namespace(values), frozenset((set(vars(values)) - {SHORT}) | short)

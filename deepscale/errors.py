@@ -1,7 +1,8 @@
 """What can go wrong by a user's hand, as sentences instead of tracebacks.
 
 Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite (`NonFiniteError`), 4 for memory that ran out
-(`OutOfMemoryError`), 130 for Ctrl-C, 141 where the reader of a pipe has gone, as shells count it.
+(`OutOfMemoryError`), 75 for a run that was asked to end and may be started again (stop.py), 130 for Ctrl-C, 141 where the reader of a
+pipe has gone, as shells count it.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any
 
 # Most often all ranks find the same fault: rank 0 says it, and the launcher ends the others before they do.
 RANK_0_FIRST_S = 10.0
+AGAIN = 75  # sysexits.h: EX_TEMPFAIL
 
 
 class DeepscaleError(Exception):
@@ -48,6 +50,14 @@ class OutOfMemoryError(DeepscaleError):
     exit_code = 4
 
 
+class Interrupted(KeyboardInterrupt):
+    """Somebody asked the run to end (stop.py): the message says who, what was saved, and how to go on."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def unknown_choice(what: str, given: str, known: Iterable[str]) -> UsageError:
     """The sentence for an unknown name, listing the known ones."""
     return UsageError(f"{what} {given!r} is not known; possible: {', '.join(known)}")
@@ -70,10 +80,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
                     time.sleep(RANK_0_FIRST_S)
                 print(f"deepscale: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if not _rank():
-                print("deepscale: interrupted", file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+                with suppress(BrokenPipeError):
+                    print(f"deepscale: {error if isinstance(error, Interrupted) else 'interrupted'}", file=sys.stderr, flush=True)
+            raise SystemExit(getattr(error, "exit_code", 130)) from None
         except BrokenPipeError:  # `deepscale ... | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
             raise SystemExit(141) from None

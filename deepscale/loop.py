@@ -6,23 +6,27 @@ rate; from then on the schedule ends exactly at the last step.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepscale import nonfinite
 from deepscale.config import AUTO, Config
 from deepscale.data import Feed, Feeds
-from deepscale.data.tensors import EvalFeed
 from deepscale.engine import Engine
-from deepscale.errors import NonFiniteError
-from deepscale.models.components import average_running_statistics, commit_running_statistics
+from deepscale.errors import AGAIN, Interrupted, NonFiniteError
+from deepscale.evaluation import evaluate, sums
+from deepscale.models.components import commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.optim import build_schedule, start
 from deepscale.progress import Progress
 from deepscale.records import Records
+from deepscale.saving import Saving
+from deepscale.stop import CTRL_C, PATIENCE_S, Stop
 from deepscale.tracking import Tracker
 from deepscale.world import World
 
@@ -65,13 +69,17 @@ class Run:
     tracker: Tracker
     progress: Progress
     records: Records
+    stop: Stop = field(default_factory=Stop)
+    saving: Saving | None = None
 
 
-def train_step(engine: Engine, batches: Batches, accumulation: int, world: World, inspect: Callable[[Tensor], None]) -> None:
+def train_step(
+    engine: Engine, batches: Batches, accumulation: int, world: World, inspect: Callable[[Tensor], None], wishes: Sequence[float] = ()
+) -> None:
     """One optimiser step over `accumulation` micro batches.
 
     `inspect` is called when the gradients are complete, not yet clipped and not yet used, with the step's sums over all
-    ranks: (loss times images, correct, images), float64 (3,). What it raises keeps the step from the weights.
+    ranks: (loss times images, correct, images, *wishes), float64. What it raises keeps the step from the weights.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     for micro in range(accumulation):
@@ -81,46 +89,17 @@ def train_step(engine: Engine, batches: Batches, accumulation: int, world: World
         loss = cross_entropy(logits, labels)
         engine.backward(loss, last)
         totals += sums(logits, loss, labels)
-    inspect(world.sum(totals))
+    inspect(world.sum(torch.cat([totals, torch.tensor(wishes, dtype=torch.float64, device=world.device)]) if wishes else totals))
     engine.step()
     commit_running_statistics(engine.module)
 
 
-@torch.no_grad()
-def sums(logits: Tensor, loss: Tensor, labels: Tensor) -> Tensor:
-    """(loss times images, correct, images) of a batch, float64 (3,)."""
-    images = torch.full((), len(labels), dtype=torch.float64, device=loss.device)
-    return torch.stack([loss.double() * images, (logits.argmax(1) == labels).sum().double(), images])
-
-
-@torch.no_grad()
-def evaluate(engine: Engine, feed: EvalFeed, world: World, batches: int | None = None) -> dict[str, float]:
-    """Loss and accuracy over a split, every image once over all ranks; of the first `batches` of each rank if given.
-
-    All ranks run equally many forward passes, which ZeRO-3 needs to gather parameters: a rank that has run out of images
-    passes a blank one that does not count.
-    """
-    average_running_statistics(engine.module)
-    engine.module.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    most = math.ceil(math.ceil(feed.images / world.size) / feed.batch)
-    own = feed.epoch()
-    for _ in range(most if batches is None else min(batches, most)):
-        images, labels = next(own, None) or (feed.blank(), None)
-        logits = engine.forward(images)
-        if labels is not None:
-            totals += sums(logits, cross_entropy(logits, labels), labels)
-    engine.module.train()
-    loss, correct, seen = world.sum(totals).tolist()
-    return {"loss": loss / max(1.0, seen), "accuracy": correct / max(1.0, seen), "images": seen}
-
-
-def endless(feed: Feed) -> Batches:
-    """Training batches, epoch after epoch."""
-    epoch = 0
+def endless(feed: Feed, done: int = 0) -> Batches:
+    """Training batches, epoch after epoch, after the first `done`."""
+    epoch, start = divmod(done, feed.steps)
     while True:
-        yield from feed.epoch(epoch)
-        epoch += 1
+        yield from feed.epoch(epoch, start)
+        epoch, start = epoch + 1, 0
 
 
 def remembered(batches: Batches, images: list[Tensor]) -> Batches:
@@ -139,39 +118,54 @@ class Fit:
         self.epoch_steps = max(1, run.feeds.train.steps // run.config.recipe.accumulation)
         self.step = 0
         self.begin = time.monotonic()
-        self.warm_s = 0.0  # of all steps but the first, which allocates
+        self.warm_s, self.warm_steps, self.cold = 0.0, 0, True  # of all steps but the first of a process, which allocates
+        self.validated = 0  # the last step that was
+        self.eval_limit: int | None = None  # images of a split, where a time budget limits them
+        if run.saving is not None:
+            run.saving.state = self.state
+        self.asked, self.due = 0, False  # over all ranks, at the last step: exit code, checkpoint
 
     def __call__(self) -> Result:
-        """Trains to the end, evaluates, and returns what came out."""
+        """Trains to the end, evaluates, and returns what came out. Raises Interrupted where somebody asked for an earlier end."""
         run, recipe = self.run, self.run.config.recipe
-        batches = endless(run.feeds.train)
-        steps, every = self._length(), self._evaluate_every()
+        batches = endless(run.feeds.train, self.step * recipe.accumulation)
+        every = self._evaluate_every()
+        run.stop.defer(PATIENCE_S if run.saving is None else None)
         try:
-            if steps is None:
-                start(run.engine.optimizer, recipe)
-                for _ in range(CALIBRATION_STEPS):
-                    self._one(batches)
-                steps = self._calibrated()
+            steps = self.result.planned_steps or self._length() or self._measured(batches)
+            if not self.result.planned_steps:
+                run.records.length(steps)
             run.progress.total_steps = self.result.planned_steps = steps
-            run.records.length(steps)
             evaluated = run.feeds.validation.images + run.feeds.test.images
             run.tracker.parameters({"resolved_steps": steps, "resolved_eval_every": every, "resolved_eval_images": evaluated})
             schedule = build_schedule(run.engine.optimizer, recipe, steps)
-            for _ in range(self.step):
+            for _ in range(min(self.step, steps - 1)):
                 schedule.step()
-            while self.step < steps:
+            while True:
+                if every and self.step % every == 0 and self.validated < self.step < steps:
+                    self._validate()
+                self._save_if_due()
+                if self.step >= steps:
+                    break
                 self._one(batches)
                 if self.step < steps:
                     schedule.step()
-                if every and self.step % every == 0 and self.step < steps:
-                    self._validate()
         finally:
             batches.close()  # type: ignore[attr-defined]
-        self._validate()
-        self.result.test = evaluate(run.engine, run.feeds.test, run.world)
+        if self.validated < self.step:
+            self._validate()
+        self.result.test = evaluate(run.engine, run.feeds.test, run.world, between=self._between)
         run.tracker.log({f"test/{name}": value for name, value in self.result.test.items()}, self.step)
         self.result.seconds = time.monotonic() - self.begin
         return self.result
+
+    def _measured(self, batches: Batches) -> int:
+        """Steps that a time budget allows, after the first few."""
+        start(self.run.engine.optimizer, self.run.config.recipe)
+        for _ in range(max(1, CALIBRATION_STEPS - self.step)):
+            self._one(batches)
+            self._end_if_asked()
+        return self._calibrated()
 
     def _length(self) -> int | None:
         """Steps of the run, or None where a time budget decides."""
@@ -197,6 +191,7 @@ class Fit:
         if run.config.data.eval_images == AUTO and wanted * image_s > EVALUATION_SHARE * budget:
             most = max(FEWEST_EVALUATED, int(EVALUATION_SHARE * budget / image_s / 2))
             run.feeds.limit_evaluation(most)
+            self.eval_limit = most
             wanted = run.feeds.validation.images + run.feeds.test.images
             run.progress.warn(
                 f"validation and test read the first {most:,} images each of their class-balanced order: all of them would take more than "
@@ -218,19 +213,20 @@ class Fit:
         metrics: dict[str, float] = {}
         seen: list[Tensor] = []
         run.records.begin(self.step + 1)
-        train_step(
-            run.engine, remembered(batches, seen), run.config.recipe.accumulation, run.world, lambda totals: self._inspect(totals, metrics, seen)
-        )
+        accumulation, wishes = run.config.recipe.accumulation, self._wishes()
+        train_step(run.engine, remembered(batches, seen), accumulation, run.world, lambda sums: self._inspect(sums, metrics, seen), wishes)
         metrics |= run.records.finish()
         took = time.monotonic() - begin
         self.step += 1
-        self.warm_s += took if self.step > 1 else 0.0
+        if not self.cold:
+            self.warm_s, self.warm_steps = self.warm_s + took, self.warm_steps + 1
+        self.cold = False
         images = int(run.config.data.batch_size)
         result.steps, result.loss = self.step, metrics["train/loss"]
         result.gradient = metrics.get("grad/first_layer_mean_abs", result.gradient)
         if self.step == 1:
             result.first_loss, result.first_gradient = result.loss, result.gradient
-        result.step_s = self.warm_s / (self.step - 1) if self.step > 1 else took
+        result.step_s = self.warm_s / self.warm_steps if self.warm_steps else took
         result.images_per_s = images / result.step_s
         metrics |= {"train/lr": lr, "perf/step_s": took, "perf/images_per_s": images / took}
         run.tracker.log(metrics, self.step)
@@ -243,7 +239,8 @@ class Fit:
         What is read is read at once: on a GPU each reading waits for it.
         """
         first = self._first_layer() if self.step % GRADIENT_EVERY == 0 else {}
-        loss, correct, count, *means = torch.stack([*totals, *first.values()]).tolist()
+        loss, correct, count, again, ctrl_c, due, *means = torch.stack([*totals, *first.values()]).tolist()
+        self.asked, self.due = CTRL_C if ctrl_c else AGAIN if again else 0, bool(due)
         metrics |= {"train/loss": loss / count, "train/accuracy": correct / count} | dict(zip(first, means, strict=True))
         if not math.isfinite(loss):
             raise stopped_at_nonfinite(self.run, self.step + 1, loss, images)
@@ -260,7 +257,7 @@ class Fit:
 
     def _validate(self) -> None:
         run = self.run
-        self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world)
+        self.result.validation = found = evaluate(run.engine, run.feeds.validation, run.world, between=self._between)
         run.tracker.log({f"val/{name}": value for name, value in found.items()}, self.step)
         if not math.isfinite(found["loss"]):
             images, _ = next(run.feeds.validation.epoch(), (run.feeds.validation.blank(), None))
@@ -270,6 +267,64 @@ class Fit:
         run.progress.say(
             f"step {self.step:,}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%} of {found['images']:,.0f} images"
         )
+        self.validated = self.step
+        if run.saving is not None and run.saving.validated(found["accuracy"]) and self.step < self.result.planned_steps:
+            run.saving.save(self.step, found["accuracy"])
+
+    # ------------------------------------------------------------------------------------------------- saving, and ending early
+
+    def _wishes(self) -> tuple[float, float, float]:
+        """What this rank adds to a step's totals: asked to end and to be started again, by Ctrl-C, and rank 0's wish for a checkpoint."""
+        code, saving = self.run.stop.wish(), self.run.saving
+        return float(code == AGAIN), float(code == CTRL_C), float(self.run.world.is_main and saving is not None and saving.wished())
+
+    def _save_if_due(self) -> None:
+        saving = self.run.saving
+        if saving is not None and saving.due(self.step, self.due):
+            saving.save(self.step)
+        self.due = False
+        self._end_if_asked()
+
+    def _between(self) -> None:
+        """Between two batches of an evaluation, which may take long."""
+        code = self.run.stop.wish()
+        again, ctrl_c = self.run.world.sum(torch.tensor([float(code == AGAIN), float(code == CTRL_C)], device=self.run.world.device)).tolist()
+        self.asked = CTRL_C if ctrl_c else AGAIN if again else 0
+        self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        """Saves and raises Interrupted where a rank was asked to end."""
+        if not self.asked:
+            return
+        run, saving = self.run, self.run.saving
+        of = f" of {self.result.planned_steps:,}" if self.result.planned_steps else ""
+        said = f"interrupted {run.stop.reason or 'on another rank'} after step {self.step:,}{of}"
+        if saving is None:
+            raise Interrupted(f"{said}, and nothing of it is saved; next time type --checkpoint-every 10m", self.asked)
+        if saving.saved_step < self.step:
+            saving.save(self.step, self.result.validation["accuracy"] if self.validated == self.step else None)
+        if saving.saved(self.step):
+            raise Interrupted(f"{said}; all of it is saved in {saving.folder}: type the same with --resume auto to go on", self.asked)
+        raise Interrupted(f"{said}; this step could not be saved, what {saving.folder} holds can be gone on from with --resume auto", self.asked)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(JSON, arrays) of what `load` takes to go on after this step in another process; nothing of the network."""
+        records, arrays = self.run.records.state()
+        result = {name: value for name, value in asdict(self.result).items() if not isinstance(value, float) or math.isfinite(value)}
+        own = {"validated": self.validated, "eval_limit": self.eval_limit, "warm_s": self.warm_s, "warm_steps": self.warm_steps}
+        seconds = time.monotonic() - self.begin
+        return {"loop": own | {"step": self.step, "seconds": seconds, "result": result}, "records": records}, dict(arrays)
+
+    def load(self, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Takes over where `state` was, before the first step here."""
+        own = progress["loop"]
+        self.step, self.validated, self.eval_limit = own["step"], own["validated"], own["eval_limit"]
+        self.warm_s, self.warm_steps = own["warm_s"], own["warm_steps"]
+        self.begin = time.monotonic() - own["seconds"]
+        self.result = Result(**own["result"])
+        if self.eval_limit is not None:
+            self.run.feeds.limit_evaluation(self.eval_limit)
+        self.run.records.load(progress["records"], arrays)
 
 
 def stopped_at_nonfinite(run: Run, step: int, loss: float, images: list[Tensor]) -> NonFiniteError:

@@ -13,10 +13,14 @@ from deepscale.errors import UsageError, unknown_choice
 PACKAGE = Path(__file__).resolve().parent
 
 
+def as_folder(run_name: str) -> str:
+    """A run's name as that of a folder, at most 100 characters."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", run_name)[:100]
+
+
 def run_folder(run_name: str) -> Path:
     """The folder of a run that begins now, beside all others in `runs/` of the working folder; not made yet."""
-    name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", run_name)[:100]
-    return Path("runs").absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return Path("runs").absolute() / f"{as_folder(run_name)}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def relative_to_here(path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from deepscale.config import Config
 from deepscale.engine import Engine
 from deepscale.errors import UsageError
-from deepscale.gradflow.flow import FILE, Flow
+from deepscale.gradflow.flow import FILE, Floats, Flow
 from deepscale.gradflow.health import HEALTHY, NONFINITE, Thresholds, Verdict, depth_curve, scalars, verdict
 from deepscale.gradflow.recorder import Recorder
 from deepscale.gradflow.schedule import record_steps
@@ -49,6 +49,18 @@ class Records:
         self.steps = schedule.steps
         if schedule.thinned:
             self.progress.warn(f"only {len(self.steps):,} of the steps that --record-every {self.every} asks for are recorded: the record is full")
+
+    def state(self) -> tuple[dict[str, Any], Mapping[str, Floats]]:
+        """(JSON, arrays): what `load` takes to go on in another process. The arrays are copies."""
+        numbers, values = self.recorder.state()
+        verdicts = [[step, found.label, found.sentence] for step, found in self.verdicts]
+        return {"recorder": numbers, "steps": list(self.steps), "counted": self.counted, "verdicts": verdicts}, {"records": values}
+
+    def load(self, state: Mapping[str, Any], arrays: Mapping[str, Floats]) -> None:
+        """Takes over what an interrupted run has recorded, and its choice of steps."""
+        self.recorder.load(state["recorder"], arrays["records"])
+        self.steps, self.counted = tuple(state["steps"]), int(state["counted"])
+        self.verdicts = [(step, Verdict(label, sentence)) for step, label, sentence in state["verdicts"]]
 
     def begin(self, step: int) -> None:
         """Before a step (from 1): watches it, if it is to be recorded."""

@@ -246,10 +246,12 @@ def open_tracker(
     rank: int,
     warn: Callable[[str], None],
     folder: Path | None = None,
+    run_id: str | None = None,
 ) -> Tracker:
     """The tracker of this process: MLflow on rank 0, nothing elsewhere or when switched off.
 
-    What cannot be sent is kept in `folder`, by default one under `runs/` with the run's name. Never raises for the store; `warn` gets
+    What cannot be sent is kept in `folder`, by default one under `runs/` with the run's name. `run_id` is a run to go on with (Store).
+    Never raises for the store; `warn` gets
     one sentence for a store that fails, also from the background thread.
     """
     if rank != 0 or not tracking.tracking:
@@ -257,7 +259,7 @@ def open_tracker(
     if not _has_mlflow():
         warn(f"{MissingPackageError('mlflow', None, 'tracking')}; this run is not recorded")
         return NullTracker()
-    store = Store(store_uri(), tracking.experiment, run_name, _now_ms())
+    store = Store(store_uri(), tracking.experiment, run_name, _now_ms(), run_id, lost=warn)
     tracker = MlflowTracker(Writer(store, folder or run_folder(run_name), warn), warn)
     tracker.open()
     tracker.parameters(parameters)

@@ -19,7 +19,7 @@ import re
 import socket
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -111,9 +111,15 @@ def grouped(ops: Sequence[Op]) -> Iterator[list[Op]]:
 
 
 class Store:
-    """A run of an experiment at a tracking address; the run is created by `open`, or continued where run_id is given."""
+    """A run of an experiment at a tracking address; the run is created by `open`, or taken to be there where run_id is given.
 
-    def __init__(self, uri: str, experiment: str, run_name: str, start_ms: int, run_id: str | None = None) -> None:
+    With `lost` the run `run_id` is of an earlier process that this one goes on for: it is running again, keeps its parameters, what differs
+    becomes a tag `resumed.NAME`, and where the store does not know it any more, `lost` gets a sentence and a new run is made.
+    """
+
+    def __init__(
+        self, uri: str, experiment: str, run_name: str, start_ms: int, run_id: str | None = None, lost: Callable[[str], None] | None = None
+    ) -> None:
         self.uri = uri
         self.experiment = experiment
         self.run_name = run_name
@@ -121,6 +127,8 @@ class Store:
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
+        self._lost = lost
+        self._stored: dict[str, str] = {}  # parameters of the run that goes on
 
     def header(self) -> Op:
         """The operation that names this run in a file of unsent operations."""
@@ -165,11 +173,30 @@ class Store:
                     raise
             found = client.get_experiment_by_name(self.experiment)
         self.experiment_id = found.experiment_id
+        if self.run_id is not None and self._lost is not None:
+            self._reopen(client)
         if self.run_id is None:
             tags = {**resolve_tags(), "host": socket.gethostname()}
             run = client.create_run(self.experiment_id, start_time=self.start_ms, tags=tags, run_name=self.run_name)
             self.run_id = run.info.run_id
         self._client = client
+
+    def _reopen(self, client: Any) -> None:
+        from mlflow.exceptions import MlflowException
+
+        assert self._lost is not None
+        try:
+            run = client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            self._lost(f"tracking: {shown(self.uri)} does not know the run {self.run_id} that this one goes on with; a new run is made")
+            self.run_id = None
+            return
+        self.experiment_id, self._stored = run.info.experiment_id, dict(run.data.params)
+        client.update_run(self.run_id, status="RUNNING")
 
     def send(self, group: Sequence[Op]) -> None:
         """Sends one group (`grouped`). Sending the same group twice changes nothing. Raises as `open` does."""
@@ -192,7 +219,10 @@ class Store:
     def _parameters(self, op: Op) -> None:
         from mlflow.entities import Param
 
-        for part in _parts(op["values"]):
+        changed = {key: value for key, value in op["values"].items() if self._stored.get(key, value) != value}
+        if changed:
+            self._tags({"values": {f"resumed.{key}": value for key, value in changed.items()}})
+        for part in _parts({key: value for key, value in op["values"].items() if key not in self._stored}):
             self._client.log_batch(self.run_id, params=[Param(key, value) for key, value in part])
 
     def _tags(self, op: Op) -> None:

@@ -25,14 +25,17 @@ UNSENT_NAME = "unsent_metrics.jsonl"
 
 
 class UnsentFile:
-    """Operations kept as JSON lines in the run's folder; safe to use from several threads. `path` is None until the first write."""
+    """Operations kept as JSON lines in the run's folder; safe to use from several threads.
+
+    `path` is None until the first write, but where the run goes on and its earlier process left a file.
+    """
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
         self._folder = folder
         self._named_run: str | None = None
         self._lock = threading.RLock()
-        self.path: Path | None = None
+        self.path: Path | None = folder / UNSENT_NAME if (folder / UNSENT_NAME).is_file() else None
 
     def keep(self, ops: Sequence[Op]) -> None:
         """Appends operations. Raises OSError where the folder cannot be written."""

@@ -2,48 +2,79 @@
 
 import dataclasses
 import json
-import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from deepscale import activations, checkpoints, config, errors, kernel, loop, memory, ops, outcome, paths, plan, progress, tracking, world
+from deepscale import (
+    activations,
+    checkpoints,
+    config,
+    errors,
+    kernel,
+    loop,
+    memory,
+    ops,
+    outcome,
+    paths,
+    plan,
+    progress,
+    resume,
+    stop,
+    tracking,
+    world,
+)
 from deepscale.config import Config
 from deepscale.data import Feeds, open_feeds
 from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
-from deepscale.engine import build_engine, hush, preload
+from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
+from deepscale.resume import Resumed
+from deepscale.saving import Saving
+
+LEAVE_S = 60.0  # for a checkpoint that is being written when the run ends
 
 
 @errors.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains as the command line says."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _as_interrupt)
-    settings = config.parse(arguments)
+    asked_to_end = stop.Stop()
+    asked_to_end.listen()
+    settings, typed = config.parse_typed(arguments)
+    settings = resume.with_folder(settings, settings.tracking.run_name or run_name(settings, but=resume.FREE))
     hush(settings.engine.verbose)
+    resume.refuse_used(settings)
     checkpoints.check_writable(settings.checkpoint.checkpoint_dir)
     place = world.join(settings.engine)
     loading = tracking.preload() if settings.tracking.tracking and place.is_main else None
     try:
         with progress.Progress(0, enabled=place.is_main) as screen:
-            prepared = prepare(settings, place, screen, loading)
+            resumed = resume.find(settings, typed, place, screen)
+            if resumed is not None and resumed.checkpoint.progress["finished"]:
+                screen.say(
+                    f"the run in {resumed.checkpoint.path.parent} has ended after its {resumed.checkpoint.step:,} steps: nothing is left to train"
+                )
+                return
+            prepared = prepare(settings, place, screen, loading, resumed)
             preload(prepared.plan.config)
-            rows, view = train(prepared, screen)
+            rows, view = train(prepared, screen, asked_to_end)
         if place.is_main:
             progress.show_summary(rows | ({"show": view} if view else {}), "summary")
+    except errors.Interrupted:
+        if asked_to_end.deferred:  # all ranks end here, and the launcher ends the others 30 s after the first: they wait for rank 0's closing
+            place.agree(None)
+        raise
     finally:
         world.leave()
 
@@ -57,16 +88,23 @@ class Prepared:
     place: world.World
     feeds: Feeds
     cpu_adam: bool
+    resumed: Resumed | None = None
 
 
-def prepare(asked: Config, place: world.World, screen: progress.Progress, loading: threading.Thread | None = None) -> Prepared:
+def prepare(
+    asked: Config, place: world.World, screen: progress.Progress, loading: threading.Thread | None = None, resumed: Resumed | None = None
+) -> Prepared:
     """Images, ops and plan, said on screen. Raises UsageError for what is not possible.
 
     `loading` imports packages meanwhile; it has ended before anything is timed, and before the network's memory is counted.
+    With `resumed` the settings are those, and what is left to plan is how they run here.
     """
+    asked, recorded = (asked, asked) if resumed is None else (resumed.settings, resumed.asked)
     _, offload = stage_and_offload(asked)  # a contradiction is refused before data are read or ops are built
     source = load_source(asked.data, screen.say)
     info = source.info
+    if resumed is not None:
+        resume.refuse_other_data(resumed, info)
     cpu_adam = _prepare_ops(asked, offload, screen)
     chosen = kernel.choose(asked, place, screen.say, screen.warn)
     if loading is not None:
@@ -75,7 +113,7 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress, loadin
     planned = plan.resolve(chosen, place, machine, channels=info.channels, image_size=info.image_size, classes=info.classes)
     settings = planned.config
     torch.set_num_threads(int(settings.engine.threads))
-    screen.say(f"asked for {asked.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
+    screen.say(f"asked for {recorded.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
     for note in planned.notes:
         screen.say(note)
     feeds = open_feeds(
@@ -91,20 +129,30 @@ def prepare(asked: Config, place: world.World, screen: progress.Progress, loadin
         say=screen.say,
     )
     screen.say(f"images fed by {feeds.name}" + (f" ({feeds.why})" if feeds.why else ""))
-    return Prepared(asked, planned, place, feeds, cpu_adam)
+    if resumed is not None and feeds.name != resumed.run["feed"]:
+        screen.warn(f"images were fed by {resumed.run['feed']} so far: the order stays, what augmentation draws does not")
+    return Prepared(recorded, planned, place, feeds, cpu_adam, resumed)
 
 
-def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str]:
+def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> tuple[dict[str, str], str]:
     """Model, engine, steps, summary: (the summary's rows, the command that shows the run). Closes its record whatever happens."""
-    settings, place, info = run.plan.config, run.place, run.feeds.info
-    name = settings.tracking.run_name or run_name(run.asked, settings)
-    folder = paths.run_folder(name)
+    settings, place, info, resumed = run.plan.config, run.place, run.feeds.info, run.resumed
+    name = str(resumed.run["name"]) if resumed else settings.tracking.run_name or run_name(run.asked)
+    folder = resume.folder_of(resumed) if resumed else paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
     tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
     base = memory.reset_peak(place.device)
     with outcome.Recorded(
         lambda: tracking.open_tracker(
-            settings.tracking, run_name=name, parameters=parameters, tags=tags, dataset=info, rank=place.rank, warn=screen.warn, folder=folder
+            settings.tracking,
+            run_name=name,
+            parameters=parameters,
+            tags=tags,
+            dataset=info,
+            rank=place.rank,
+            warn=screen.warn,
+            folder=folder,
+            run_id=resumed.run["run_id"] if resumed else None,
         ),
         lambda error: exhausted(run, error, memory.peak_bytes(place.device)),
     ) as record:
@@ -114,10 +162,18 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
         tracker = record.tracker
         tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
         records = Records(model, engine, settings, tracker, screen)
+        saving = build_saving(run, model, engine, screen, lambda: {**resume.described(name, folder, run.feeds, place), "run_id": tracker.run_id})
+        fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
+        if resumed is not None:
+            checkpoints.restore(resumed.checkpoint, model, engine, place, screen.say)
+            fit.load(resumed.checkpoint.progress, resumed.checkpoint.arrays())
+            screen.say(f"going on after step {fit.step:,}, from {resumed.checkpoint.path}")
         try:
-            result = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records))()
+            result = fit()
         finally:  # also of a run that stopped: there they are wanted most
             flow_rows = records.keep(folder, name, parameters) if place.is_main else {}
+            if saving is not None:
+                saving.saver.leave(LEAVE_S)
         if settings.checkpoint.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
             if place.is_main:
@@ -127,7 +183,27 @@ def train(run: Prepared, screen: progress.Progress) -> tuple[dict[str, str], str
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
         tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
+        if saving is not None:
+            if saving.marks:
+                saving.save(result.steps, result.validation["accuracy"], finished=True)
+            saving.saver.close()
     return rows, tracker.view_command()
+
+
+def build_saving(run: Prepared, model: ConvNeXt, engine: Engine, screen: progress.Progress, about: Callable[[], dict[str, Any]]) -> Saving | None:
+    """What saves the run, None without a folder for it; `about` is what the run wants to find again."""
+    asked = run.plan.config.checkpoint
+    if asked.checkpoint_dir is None:
+        return None
+    folder = Path(asked.checkpoint_dir)
+    saver = checkpoints.Saver(
+        folder, model, engine, run.place, about=checkpoints.about(run.asked, run.plan.config, run.feeds.info), keep=asked.keep,
+        asynchronous=None if asked.async_save == config.AUTO else asked.async_save, say=screen.say, warn=screen.warn,
+    )  # fmt: skip
+    saving = Saving(saver, folder, asked.checkpoint_every, asked.checkpoint_every is not None or asked.resume != "never", about)
+    if run.resumed is not None:
+        saving.saved_step, saving.best = run.resumed.checkpoint.step, run.resumed.checkpoint.progress["best"]
+    return saving
 
 
 def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
@@ -176,12 +252,12 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
     }
 
 
-def run_name(asked: Config, settings: Config) -> str:
-    """A name from the depth and what was chosen by hand."""
-    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", "hang_timeout"}
+def run_name(asked: Config, but: Collection[str] = ()) -> str:
+    """A name from the depth and what was chosen by hand, `but` some settings."""
+    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", "hang_timeout", *but}
     hidden |= {f.name for f in dataclasses.fields(config.CheckpointConfig)}
     parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
-    return " ".join([f"convnext-{settings.model.built_depth}", *parts])
+    return " ".join([f"convnext-{asked.model.built_depth}", *parts])
 
 
 def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loop.Result, peak: int, base: int) -> dict[str, str]:
@@ -199,13 +275,6 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "first layer": f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
         "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(planned.memory.total)} were planned",
     }
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    # The launcher answers a Ctrl-C with SIGTERM, which would break into the closing of the run; a second Ctrl-C still may.
-    # No SIG_IGN: Python complains where both signals are already there.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

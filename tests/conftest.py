@@ -48,8 +48,9 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def signals_as_before() -> Iterator[None]:
     """For tests that run the command in this process, which answers Ctrl-C and SIGTERM in its own way."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -227,7 +227,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(with_database:
 def test_interrupted_and_failed_runs_are_closed_as_such(
     with_database: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the third step; the two before it are recorded. Slurm and the launcher end a run by SIGTERM."""
+    """At the third step, which still ends where somebody asked for it; nothing is saved, and how to change that is said."""
     one = loop.Fit._one
 
     def fail() -> None:
@@ -241,10 +241,12 @@ def test_interrupted_and_failed_runs_are_closed_as_such(
 
         monkeypatch.setattr(loop.Fit, "_one", step)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
         third_step(functools.partial(os.kill, os.getpid(), number))
-        in_process("--max-steps", "5", code=130)
-        assert capsys.readouterr().err.splitlines()[-1] == "deepscale: interrupted"
+        in_process("--max-steps", "5", code=code)
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"deepscale: interrupted by {number.name} after step 3 of 5, and nothing of it is saved; next time type --checkpoint-every 10m"
+        )
     third_step(fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         in_process("--max-steps", "5")
@@ -257,7 +259,7 @@ def test_interrupted_and_failed_runs_are_closed_as_such(
     runs = runs_in(with_database)
     assert [run.status for run in runs] == ["KILLED", "KILLED", "FAILED", "FAILED", "FAILED"]
     assert [run.tags["outcome"] for run in runs] == ["interrupted", "interrupted", "failed", "out_of_memory", "non_finite"]
-    assert [len(run.losses()) for run in runs[:4]] == [2, 2, 2, 2]
+    assert [len(run.losses()) for run in runs[:4]] == [3, 3, 2, 2]
     assert runs[3].tags["outcome_text"] == sentence.removeprefix("deepscale: ")
 
 

@@ -44,7 +44,7 @@ PACKAGES = ("deepscale", "torch", "deepspeed", "numpy")
 
 def about(asked: Config, settings: Config, info: DatasetInfo) -> dict[str, Any]:
     """What a manifest says of the run: "network" (what rebuilds it), "asked" and "settings" (flat settings, before and after planning)."""
-    return {"network": weights.described(settings, info), "asked": config.flat(asked), "settings": config.flat(settings)}
+    return {"network": weights.described(settings, info), "asked": config.as_json(asked), "settings": config.as_json(settings)}
 
 
 @dataclass
@@ -99,13 +99,15 @@ class Saver:
         self.token = world.agree(secrets.token_hex(4))  # nobody writes before rank 0 has removed
 
     @torch.no_grad()
-    def save(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None = None) -> None:
+    def save(
+        self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None = None, again: bool = False
+    ) -> None:
         """Saves the state after `step` optimiser steps, between two steps. `progress` (JSON) and `arrays` (rank 0's) come back as they were.
 
-        `best`: the validation accuracy here, if it was measured. A step that is saved already is not saved again.
+        `best`: the validation accuracy here, if it was measured. A step that is saved already is not saved again but with `again`.
         """
         self.wait()
-        if step == self.last:
+        if step == self.last and not again:
             return
         self.attempts += 1
         saving = self._described(step, progress, arrays, best)
@@ -191,6 +193,11 @@ class Saver:
         """Waits; the end."""
         self.wait()
         self.copies = {}
+
+    def leave(self, timeout_s: float) -> None:
+        """After an error, which other ranks may not have: the thread has so long to end what it is writing."""
+        if self.current is not None:
+            self.current[1].join(timeout_s)
 
     # --------------------------------------------------------------------------------------------- in the thread
 

@@ -29,8 +29,8 @@ class Feed(Protocol):
     images: int
     steps: int
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch: images float32 (B, C, H, W), normalised, channels_last; labels int64 (B,)."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an epoch from batch `start` on: images float32 (B, C, H, W), normalised, channels_last; labels int64 (B,)."""
         ...
 
 

@@ -1,6 +1,8 @@
 """Records the gradient of every layer, and what every block does, on chosen steps of any training loop."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from deepscale.engine import Engine, Share, replicated
 from deepscale.errors import UsageError
-from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Flow
+from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Floats, Flow
 from deepscale.gradflow.layers import Layout, layout_of_convnext, layout_of_modules
 from deepscale.gradflow.measure import Measured
 from deepscale.gradflow.modules import ModuleObservation
@@ -132,6 +134,21 @@ class Recorder:
         self.static["block_groups"][:] = self.layout.block_groups  # of any model they are known after a pass
         fields = {name: values[:count] for name, values in self.fields.items()}
         return Flow(np.array(self.steps[:count], np.int64), **self.static, **fields, meta=_said(self.values.dtype) | (meta or {}))
+
+    def state(self) -> tuple[dict[str, Any], Floats]:
+        """(numbers that JSON can hold, (S, ...) complete records): what `load` takes to go on recording in another process."""
+        count = self.complete
+        numbers = {"steps": self.steps[:count], "numbers": self.numbers[:count], "made": self.made, "stride": self.stride}
+        return numbers, self.values[:count].copy()
+
+    def load(self, numbers: Mapping[str, Any], values: Floats) -> None:
+        """Takes over the records of a recorder of the same model. Raises UsageError for those of another."""
+        if values.shape[0] > self.capacity or values.shape[1:] != self.values.shape[1:] or len(values) != len(numbers["steps"]):
+            raise UsageError(f"records of shape {values.shape} are another network's: here they have {self.values.shape[1]:,} numbers each")
+        self.complete = len(values)
+        self.values[: self.complete] = values
+        self.steps, self.numbers = list(numbers["steps"]), list(numbers["numbers"])
+        self.made, self.stride = int(numbers["made"]), int(numbers["stride"])
 
     def _next(self, step: int) -> None:
         del self.steps[self.complete :], self.numbers[self.complete :]
