@@ -112,3 +112,36 @@ train() {
     supervise launch "$nodes" python -m deepscale.train --no-download --dataset cifar10 --data-dir "$DEEPSCALE_SHARED/data" \
         --checkpoint-dir "$JOB/checkpoints" --resume auto "$@"
 }
+
+# ------------------------------------------------------------------------------------------------------------------- Ray
+
+# begin_ray: a Ray cluster of the job's own on its nodes, which ends with the script. Who has no token cannot talk to it.
+begin_ray() {
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB/ray-token RAY_ADDRESS=$MASTER_ADDR:$MASTER_PORT
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+    # shellcheck disable=SC2016
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --overlap \
+        bash -c 'source "$0/lib.sh"; ray_node' "$DEEPSCALE_SLURM" >>"$JOB/ray.log" 2>&1 &
+    RAY=$!
+    trap end_ray EXIT
+}
+
+# In a task of srun, one a node: the head on the first, a worker on each other one, until they are told to end.
+ray_node() {
+    local folder=/tmp/deepscale-ray-$SLURM_JOB_ID seconds=0 # short: Ray's sockets lie there, and their paths have at most 107 characters
+    local -a options=(--node-ip-address="$(address_of "$SLURMD_NODENAME")" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
+    options+=(--object-store-memory=200000000 --disable-usage-stats --block)
+    trap 'rm -rf "$folder"' EXIT
+    trap : TERM
+    if ((SLURM_PROCID == 0)); then
+        ray start --head --port="$MASTER_PORT" --ray-client-server-port=$((MASTER_PORT + 10000)) --include-dashboard=false --temp-dir="$folder" "${options[@]}"
+    else
+        until (: <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null || ((seconds++ > 120)); do sleep 1; done
+        ray start --address="$MASTER_ADDR:$MASTER_PORT" "${options[@]}"
+    fi
+}
+
+end_ray() {
+    kill "$RAY" 2>/dev/null && wait "$RAY"
+    rm -f "$RAY_AUTH_TOKEN_PATH"
+}
