@@ -88,7 +88,7 @@ supervise() {
         if [[ -z $asked ]]; then
             wait "$child" || true # returns when a signal comes, too
         else
-            ((seconds++ % 10)) || kill -s USR1 "$child" 2>/dev/null || true
+            ((seconds++ % 5)) || kill -s USR1 "$child" 2>/dev/null || true
             sleep 1
         fi
     done
@@ -117,7 +117,8 @@ train() {
 
 # begin_ray: a Ray cluster of the job's own on its nodes, which ends with the script. Who has no token cannot talk to it.
 begin_ray() {
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB/ray-token RAY_ADDRESS=$MASTER_ADDR:$MASTER_PORT
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB/ray-token RAY_ADDRESS
+    RAY_ADDRESS=$(ip_of "$MASTER_ADDR"):$MASTER_PORT
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
     # shellcheck disable=SC2016
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --overlap \
@@ -126,22 +127,28 @@ begin_ray() {
     trap end_ray EXIT
 }
 
+# The number behind a name, which Ray wants. It replaces 127.0.0.1, where it is a cluster on one machine, by an address that the whole
+# network reaches; another one of the loopback interface it leaves alone.
+ip_of() { getent ahostsv4 "$1" | awk '{ sub(/^127\.0\.0\.1$/, "127.0.0.2", $1); print $1; exit }'; }
+
 # In a task of srun, one a node: the head on the first, a worker on each other one, until they are told to end.
 ray_node() {
     local folder=/tmp/deepscale-ray-$SLURM_JOB_ID seconds=0 # short: Ray's sockets lie there, and their paths have at most 107 characters
-    local -a options=(--node-ip-address="$(address_of "$SLURMD_NODENAME")" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
+    local -a options=(--node-ip-address="$(ip_of "$(address_of "$SLURMD_NODENAME")")" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
     options+=(--object-store-memory=200000000 --disable-usage-stats --block)
     trap 'rm -rf "$folder"' EXIT
     trap : TERM
     if ((SLURM_PROCID == 0)); then
-        ray start --head --port="$MASTER_PORT" --ray-client-server-port=$((MASTER_PORT + 10000)) --include-dashboard=false --temp-dir="$folder" "${options[@]}"
+        ray start --head --port="$MASTER_PORT" --include-dashboard=false --temp-dir="$folder" "${options[@]}"
     else
-        until (: <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null || ((seconds++ > 120)); do sleep 1; done
-        ray start --address="$MASTER_ADDR:$MASTER_PORT" "${options[@]}"
+        until (: <"/dev/tcp/${RAY_ADDRESS/:*//}$MASTER_PORT") 2>/dev/null || ((seconds++ > 120)); do sleep 1; done
+        ray start --address="$RAY_ADDRESS" "${options[@]}"
     fi
 }
 
 end_ray() {
-    kill "$RAY" 2>/dev/null && wait "$RAY"
-    rm -f "$RAY_AUTH_TOKEN_PATH"
+    # To the step, the only one of the job: a srun that gets the signal itself kills what it has started.
+    scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
+    wait "$RAY"
+    rm -rf "$RAY_AUTH_TOKEN_PATH"
 }

@@ -98,7 +98,7 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         limit = time.monotonic() + READY_S
-        while self.command("sinfo", "-h", "-N", "-p", "normal", "-o", "%T", check=False).split() != ["idle"] * len(NODES):
+        while not self.idle():
             if time.monotonic() > limit:
                 logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.folder.glob("*.log"))
                 self.stop()
@@ -136,9 +136,13 @@ class Cluster:
             for pid in self._pids(name):
                 _end(pid)
 
-    def command(self, *words: str, check: bool = True) -> str:
+    def idle(self) -> bool:
+        """Whether both nodes are there and free."""
+        return self.command("sinfo", "-h", "-N", "-p", "normal", "-o", "%T", check=False).split() == ["idle"] * len(NODES)
+
+    def command(self, *words: str, check: bool = True, cwd: Path | None = None) -> str:
         """Output of one of Slurm's commands. Raises RuntimeError with its message where it fails."""
-        done = subprocess.run(words, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env={**os.environ, **self.environment}, cwd=cwd, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr or done.stdout}")
         return done.stdout
