@@ -212,7 +212,7 @@ def _sizes(config: Config) -> dict[str, int]:
     }
 
 
-def _zero_of(config: Config) -> Settings:
+def zero_section(config: Config) -> Settings:
     """The filled ZeRO section of a planned run, with DeepSpeed's defaults for the sizes it does not give."""
     return DEFAULTS | _filled(read(path_of(config)).get("zero_optimization", {"stage": 0}), config)
 
@@ -228,7 +228,7 @@ def resting(config: Config) -> Resting:
     """Where the states of a planned run rest: a file may offload the optimiser alone, or the parameters alone."""
     if config.engine.engine == "torch" or config.engine.zero == 0:
         return Resting("device", "device")
-    zero = _zero_of(config)
+    zero = zero_section(config)
     offloaded = {key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "cpu"}
     parameters = "cpu" if config.engine.zero == 3 and "offload_param" in offloaded else "device"
     return Resting("cpu" if "offload_optimizer" in offloaded else "device", parameters)
@@ -244,7 +244,7 @@ def gathered(config: Config, ranks: int) -> int:
         return 0
     if ranks == 1 and (config.engine.device == "cpu" or resting(config).parameters == "device"):
         return 0
-    zero, stacks = _zero_of(config), _stacks(config)
+    zero, stacks = zero_section(config), _stacks(config)
     largest = max(map(sum, stacks))
     persistent = sum(n for stack in stacks for n in stack if n <= int(zero["stage3_param_persistence_threshold"]))
     ahead = int(zero["stage3_max_live_parameters"]) + max(map(max, stacks)) if zero["stage3_prefetch_bucket_size"] else 0
@@ -256,7 +256,7 @@ def reduce_bucket(config: Config) -> int:
     """Elements of the buffers in which ZeRO 1-3 average gradients; a GPU allocates them whole, a CPU as far as gradients fill them."""
     if config.engine.engine == "torch" or config.engine.zero == 0:
         return 0
-    zero = _zero_of(config)
+    zero = zero_section(config)
     if not zero.get("contiguous_gradients", True):
         return 0
     return int(zero["reduce_bucket_size"]) * (2 if zero.get("overlap_comm") and config.engine.zero != 3 else 1)

@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|activations|depth|growth|data|gradflow|zero3|plan|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|depth|growth|scaling|data|gradflow|zero3|plan|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -8,11 +8,12 @@ processes, repeated. The defaults are the sizes of the goals; smaller ones make 
 
 | module | what |
 |---|---|
-| start.py, step.py, memory.py, activations.py, depth.py, growth.py, data.py, gradflow.py, zero3.py, plan.py, gpu.py | the commands |
-| deep.py, kept.py, recorded.py, trial.py, gathered.py, planned.py | programs that the commands start as processes (`worker.py`), printing JSON |
+| start.py, step.py, memory.py, activations.py, depth.py, growth.py, scaling.py, data.py, gradflow.py, zero3.py, plan.py, gpu.py | the commands |
+| deep.py, kept.py, recorded.py, trial.py, gathered.py, planned.py, ranked.py | programs that the commands start as processes (`worker.py`) |
 | limit.py, bracket.py | a process within a limit of memory, and the search for the deepest that trains |
 | networks.py | the networks that are measured, and one training step of them |
 | gpu_worker.py and gpu_*.py | the program of the GPU bench: checks, steps, profile; what it measures (gpu_cells.py) |
+| scaling_study.py, scaling_page.py, traffic.py | points of a scaling study, their page and figure; bytes and collectives, counted |
 | flops.py | floating point operations, counted |
 | report.py | goals, rows, the table, the JSON file |
 """
@@ -28,6 +29,7 @@ BENCHES = {
     "activations": "every activation policy: time of a step, FLOPs, bytes kept, loss and gradients against keeping all",
     "depth": "how deep each activation policy trains within a limit of memory, against the plain network",
     "growth": "start, step time and memory from 26 to 10,001 layers, and their exponents",
+    "scaling": "strong and weak scaling over ranks and ZeRO stages: speed, bytes sent, memory, communication",
     "gradflow": "what recording the gradient of every layer costs",
     "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
     "zero3": "ZeRO-3 at 10,001 layers: start, step and memory beside the other stages, and what two ranks gather at once",

@@ -12,6 +12,8 @@ from deepscale.config import parse_depth, parse_duration, parser
 KERNELS = ("auto", "native", "torch")
 UNSIZED = ("rounds", "warm_up", "deep_steps", "part", "policies", "steps", "tolerance")  # how often and what, but no size that a goal is about
 
+NO_SIZE = ("json", "out", "csv", "figure", "page", "merge", "here", "tracking", "time_limit")  # where results go, and from where they come
+
 
 def whole(low: int = 1) -> Callable[[str], int]:
     """A parser of whole numbers from `low`."""
@@ -58,7 +60,7 @@ class Options:
         """The values, and the report to fill. Raises UsageError for bad input, before anything is measured."""
         values = self.parser.parse_args(arguments)
         check_writable(values.json)
-        sizes = {name: value for name, value in vars(values).items() if name not in ("json", "out", "time_limit") and value is not None}
+        sizes = {name: value for name, value in vars(values).items() if name not in NO_SIZE and value is not None}
         asked = {name: self.parser.get_default(name) for name in sizes if name not in UNSIZED}
         asked = {name: value for name, value in asked.items() if value is not None}
         return values, Report(self.bench, arguments, sizes, asked, hardware())

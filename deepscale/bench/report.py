@@ -149,7 +149,7 @@ class Report:
             write_json(path, self.as_json())
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, option: str = "--json") -> None:
     """Refuses a file that cannot be written before minutes of measuring. Raises UsageError."""
     if path is None:
         return
@@ -158,7 +158,9 @@ def check_writable(path: Path | None) -> None:
             raise IsADirectoryError(None, "it is a folder")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UsageError(f"--json {path} cannot be written ({error.strerror or error}); type --json with a file in a folder that is there") from None
+        raise UsageError(
+            f"{option} {path} cannot be written ({error.strerror or error}); type {option} with a file in a folder that is there"
+        ) from None
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -32,7 +32,10 @@ def run_worker(module: str, options: Mapping[str, object], *, threads: int, limi
 
     Raises BenchError where it fails or takes longer than `limit_s` seconds; a UsageError of the process stays one.
     """
-    command, environment, shown = start_of(module, options, threads, accelerator)
+    return _finished(*start_of(module, options, threads, accelerator), limit_s)
+
+
+def _finished(command: list[str], environment: Mapping[str, str], shown: str, limit_s: float) -> dict[str, Any]:
     try:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
     except subprocess.TimeoutExpired as expired:
@@ -77,14 +80,27 @@ def run_ranks(module: str, options: Mapping[str, object], *, ranks: int, threads
     return result_of(shown if failed is None else f"rank {failed} of {shown}", done)
 
 
+def run_here(module: str, options: Mapping[str, object], *, number: int, threads: int, limit_s: float) -> dict[str, Any]:
+    """The same as one rank of the world that the environment describes (torchrun, srun): every rank must call it, with the same `number`, a
+    new one for each call, which moves the rendezvous to a port of its own. The result is this rank's.
+    """
+    command, environment, shown = start_of(module, options, threads, "")
+    environment |= {name: os.environ[name] for name in FOREIGN if name in os.environ}
+    environment |= {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
+    # torchrun's own agent keeps the store at its port; at another one rank 0 must do so.
+    environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
+    return _finished(command, environment, shown, limit_s)
+
+
 def start_of(module: str, options: Mapping[str, object], threads: int, accelerator: str) -> tuple[list[str], dict[str, str], str]:
-    """(command, environment, how to show it) of a measuring process."""
+    """(command, environment, how to show it) of a measuring process; without an `accelerator` DeepSpeed finds its own."""
     # -P: the working folder is no place of packages. The package's own is, where it is used without being installed.
     command = [sys.executable, "-P", "-m", module]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     paths = [environment.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": str(threads)}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(threads)}
+    environment |= {"DS_ACCELERATOR": accelerator} if accelerator else {}
     return command, environment, shlex.join(["python", *command[2:]])
 
 
