@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from deepscale import ops, optim
 from deepscale.config import NORM_NAMES, ModelConfig, RecipeConfig
 from deepscale.models.convnext import ConvNeXt, parameter_groups
 from deepscale.models.reference import PlainConvNeXt
@@ -246,3 +247,29 @@ def test_nothing_of_a_tensors_size_is_made_in_a_step() -> None:
     with Largest() as largest:
         optimizer.step()
     assert 0 < largest.elements <= PIECE
+
+
+def test_deepspeeds_cpu_step_depends_on_the_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 20 steps, one that starts from the state of another goes on as that one does; the op by itself does not (_forget_products)."""
+    pytest.importorskip("deepspeed")
+    if reason := ops.ensure_ops(["cpu_adam"], lambda line: None)["cpu_adam"]:
+        pytest.skip(reason)
+
+    def parted() -> bool:
+        models = [torch.nn.Linear(50, 20) for _ in range(2)]
+        first, second = (build_optimizer(model, RecipeConfig(beta1=0.87, beta2=0.991), cpu_adam=True) for model in models)
+        for step in range(40):
+            if step == 20:
+                for own, other in zip(models[1].parameters(), models[0].parameters(), strict=True):
+                    own.data.copy_(other)
+                    second.state[own] = {key: value.clone() if isinstance(value, Tensor) else value for key, value in first.state[other].items()}
+            for model, optimizer in zip(models, (first, second), strict=True):
+                if step >= 20 or model is models[0]:
+                    for parameter in model.parameters():
+                        parameter.grad = torch.cos((step + 3.0) * parameter.detach())
+                    optimizer.step()
+        return not all(torch.equal(own, other) for own, other in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+    assert not parted()
+    monkeypatch.setattr(optim, "_forget_products", lambda *_: None)
+    assert parted()
