@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 Op = dict[str, Any]
 
@@ -31,6 +30,9 @@ SQLITE_WAIT_S = 5.0
 LOCK_WAIT_S = 60.0
 METRICS_PER_REQUEST = 1000
 ITEMS_PER_REQUEST = 100
+# Of an address: scheme://user:PASSWORD@host, and ?name=VALUE.
+PASSWORD = re.compile(r"^([\w+.-]+://[^/?#:]*):[^/?#]*@")
+SECRET_OF_QUERY = re.compile(r"([?&][\w.-]*(?:passw|pwd|token|secret|key)[\w.-]*=)[^&#]*", re.IGNORECASE)
 
 # MLflow's page opens an experiment of this kind as training runs with charts, not as traces of language models.
 MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
@@ -77,12 +79,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def shown(uri: str) -> str:
-    """The address without a password, for messages and files."""
-    parts = urlsplit(uri)
-    if not parts.password:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+    """The address without passwords and tokens, for messages and files."""
+    return SECRET_OF_QUERY.sub(r"\1***", PASSWORD.sub(r"\1:***@", uri))
 
 
 def clean_key(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from deepscale.config import EngineConfig
 from deepscale.errors import MissingPackageError, UsageError
 from deepscale.ops.cpu_adam import skip_shm_comm
+from deepscale.rendezvous import init_method
 
 T = TypeVar("T")
 
@@ -92,9 +93,9 @@ def join(engine: EngineConfig) -> World:
         skip_shm_comm()
     try:
         if engine.engine == "deepspeed":
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose)
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose, init_method=init_method())
         elif size > 1 and not dist.is_initialized():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, init_method=init_method())
     except dist.DistNetworkError as error:
         raise _unreachable(error) from None
     return World(rank, size, local_rank, local_size, device)

@@ -188,7 +188,7 @@ def test_a_port_in_use_is_named_with_a_free_one(refused: Refused, monkeypatch: p
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         sentence = refused()
     assert f"port {port} is in use" in sentence and "--master_port" in sentence

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import socket
@@ -18,7 +19,7 @@ import pytest
 import torchvision.datasets
 
 from deepscale.config import DataConfig
-from deepscale.data import download
+from deepscale.data import download, official
 from deepscale.data.sources import CIFAR10_CLASSES, Source, load_source
 from deepscale.data.splits import hold_out, interleaved
 from deepscale.errors import UsageError
@@ -131,6 +132,58 @@ def test_an_archive_that_is_there_is_unpacked(cifar10: tuple[Path, Any], tmp_pat
         (folder / "cifar-10-batches-py" / name).unlink()
     assert load(folder, "cifar10")[0].info == whole
     assert not list((folder / ".deepscale").glob("*.part"))
+
+
+@pytest.mark.parametrize("content", ["a call", "another class"])
+def test_a_pickle_with_the_right_checksum_still_calls_nothing(
+    content: str, cifar10: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if someone had made a file with the official one's MD5."""
+    folder, _ = cifar10
+    path = folder / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(pickle.dumps({"data": _Opened(tmp_path / "ran") if content == "a call" else memoryview}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [["test_batch", md5(path)]])
+    named = {"a call": "posix.mkdir", "another class": "builtins.memoryview"}[content]
+    assert f"{path} is not read (it names {named}, which is no part of an array)" in refused(folder, "cifar10")
+    assert not (tmp_path / "ran").exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        member("cifar-10-batches-py/data_batch_2", tarfile.SYMTYPE, "../../outside"),
+        member("cifar-10-batches-py/data_batch_2", tarfile.LNKTYPE, "../outside"),
+        member("cifar-10-batches-py/data_batch_2", tarfile.CHRTYPE),
+        member("cifar-10-batches-py/data_batch_2", tarfile.FIFOTYPE),
+        member("cifar-10-batches-py/../cifar-10-batches-py/data_batch_2"),
+        member("/cifar-10-batches-py/data_batch_2"),
+        member("too large"),
+    ],
+    ids=lambda info: f"{info.type!r} {info.name}",
+)
+def test_an_archive_leads_nowhere_else(wanted: tarfile.TarInfo, cifar10: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names above the folder, absolute ones, links, devices and what is too large, in an archive with the right checksum: nothing is written."""
+    folder, _ = cifar10
+    (tmp_path / "outside").write_text("before")
+    if wanted.name == "too large":
+        wanted = member("cifar-10-batches-py/data_batch_2")
+        monkeypatch.setattr(official, "LARGEST_BYTES", 3)
+    (folder / "cifar-10-batches-py" / "data_batch_2").unlink()
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        for info in (member("../outside"), member(str(tmp_path / "outside")), member(".."), member("new", tarfile.SYMTYPE, ".."), wanted):
+            packed.addfile(info, io.BytesIO(b"evil") if info.size else None)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(archive))
+    before = sorted(path for path in tmp_path.rglob("*") if ".deepscale" not in path.parts)
+    assert f"{archive} holds no file cifar-10-batches-py/data_batch_2" in refused(folder, "cifar10")
+    assert sorted(path for path in tmp_path.rglob("*") if ".deepscale" not in path.parts) == before
+    assert (tmp_path / "outside").read_text() == "before"
 
 
 def write_fashionmnist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """CIFAR-10, CIFAR-100 and FashionMNIST in their official files, in the layout of torchvision.datasets.
 
-Names, addresses and checksums are torchvision's. Every file is checked before it is opened: CIFAR's are pickles, and a
-doctored pickle runs code. FashionMNIST's 28x28 pixels get a frame of zeros up to 32x32, which the label says.
+Names, addresses and checksums are torchvision's. Every file is checked before it is opened, and even then can only give arrays: of
+CIFAR's pickles nothing is called but what makes NumPy's arrays; of an archive the wanted files alone are read, under names of ours;
+nothing is unpacked beyond a limit. FashionMNIST's 28x28 pixels get a frame of zeros up to 32x32, which the label says.
 
 Krizhevsky 2009, Learning multiple layers of features from tiny images; Xiao et al. 2017, arXiv:1708.07747.
 """
@@ -9,7 +10,9 @@ Krizhevsky 2009, Learning multiple layers of features from tiny images; Xiao et 
 import contextlib
 import gzip
 import os
+import pickle
 import shutil
+import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ from deepscale.data.cache import cache_folder, not_writable, one_at_a_time
 from deepscale.data.download import DownloadError, download
 from deepscale.data.splits import Pixels, Source, Split, divide
 from deepscale.errors import MissingPackageError, UsageError
+from deepscale.files import atomic
 
 Say = Callable[[str], None]
 
@@ -31,6 +35,10 @@ OFFICIAL = {
     "cifar100": ("CIFAR100", "CIFAR-100"),
     "fashionmnist": ("FashionMNIST", "FashionMNIST, 28x28 padded to 32x32"),
 }
+
+ADVICE = "give a folder that can be written: --data-dir FOLDER"
+LARGEST_BYTES = 2**28  # of an unpacked file; CIFAR-100's images are the largest, 155 MB
+ARRAY_PARTS = {("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 
 
 class NotThereError(UsageError):
@@ -139,9 +147,36 @@ def _read_cifar(kind: Any, label: str, data_dir: Path, may_download: bool, say: 
             _complete_cifar(kind, data_dir, list(files), say)
     for path, md5 in files.items():
         _verify(path, md5)
-    train, test = (kind(str(data_dir), train=train) for train in (True, False))
-    splits = [Split(np.ascontiguousarray(part.data, np.uint8), np.asarray(part.targets, np.int64)) for part in (train, test)]
-    return tuple(train.classes), splits[0], splits[1]
+    class_names = tuple(str(name) for name in _unpickle(folder / kind.meta["filename"])[kind.meta["key"]])
+    train, test = (_batches([folder / name for name, _ in names]) for names in (kind.train_list, kind.test_list))
+    return class_names, train, test
+
+
+def _batches(paths: list[Path]) -> Split:
+    """The images of CIFAR's files, (M, 3072) channel by channel, one file after the other."""
+    parts = [_unpickle(path) for path in paths]
+    pixels = np.concatenate([np.asarray(part["data"], np.uint8).reshape(-1, 3, 32, 32) for part in parts])
+    labels = np.concatenate([np.asarray(part["labels" if "labels" in part else "fine_labels"], np.int64) for part in parts])
+    return Split(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickles of arrays, lists and texts. Whatever else a pickle names, and could call, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")  # NumPy's name of it before version 2
+        if (module, name) in ARRAY_PARTS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content: dict[str, Any] = _ArraysOnly(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not read ({error}); delete it and type the same command again") from None
+    return content
 
 
 def _complete_cifar(kind: Any, data_dir: Path, files: list[Path], say: Say) -> None:
@@ -152,20 +187,23 @@ def _complete_cifar(kind: Any, data_dir: Path, files: list[Path], say: Say) -> N
         _obtain([kind.url], archive, kind.tgz_md5, say)
     if missing:
         _verify(archive, kind.tgz_md5)
-        _extract(archive, cache_folder(data_dir) / f"{kind.base_folder}.part", missing)
+        _extract(archive, missing)
 
 
-def _extract(archive: Path, work: Path, missing: list[Path]) -> None:
-    from torchvision.datasets.utils import extract_archive
-
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+def _extract(archive: Path, missing: list[Path]) -> None:
+    """Unpacks the missing files alone. The archive's names are only compared: none of them leads anywhere."""
+    wanted = {f"{path.parent.name}/{path.name}": path for path in missing}
     try:
-        extract_archive(str(archive), str(work))
-        for path in missing:
-            path.parent.mkdir(exist_ok=True)
-            os.replace(work / path.parent.name / path.name, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with tarfile.open(archive) as packed:
+            for member in packed:
+                content = packed.extractfile(member) if member.name in wanted and member.isreg() and member.size <= LARGEST_BYTES else None
+                if content is not None:
+                    with atomic(wanted.pop(member.name), ADVICE) as temporary, content, temporary.open("wb") as file:
+                        shutil.copyfileobj(content, file)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UsageError(f"{archive} cannot be unpacked ({error}); delete it and type the same command again") from None
+    if wanted:
+        raise UsageError(f"{archive} holds no file {next(iter(wanted))}; delete it and type the same command again")
 
 
 def _read_fashionmnist(kind: Any, label: str, data_dir: Path, may_download: bool, say: Say) -> tuple[tuple[str, ...], Split, Split]:
@@ -193,7 +231,8 @@ def _read_resource(kind: Any, label: str, data_dir: Path, path: Path, md5: str, 
                 _obtain([mirror + path.name for mirror in kind.mirrors], path, md5, say)
     _verify(path, md5)
     try:
-        return _idx(path, gzip.decompress(path.read_bytes()))
+        with gzip.open(path) as file:
+            return _idx(path, file.read(LARGEST_BYTES))
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be unpacked ({error}); delete it and type the same command again") from None
 
