@@ -10,7 +10,7 @@ from deepscale.errors import UsageError
 STAGES = 4
 LAYERS_PER_BLOCK = 3
 MIN_DEPTH = LAYERS_PER_BLOCK * STAGES + 2
-MAX_DEPTH = 100_000
+MAX_DEPTH = 1_000_000
 
 
 def blocks_for_depth(depth: int) -> tuple[int, int, int, int]:
@@ -18,7 +18,7 @@ def blocks_for_depth(depth: int) -> tuple[int, int, int, int]:
 
     n = ceil((depth - 2) / 3) blocks; stages 1, 2 and 4 get max(1, round(n / 12)), stage 3 the rest.
 
-    Raises UsageError outside 14 ... 100,000 layers.
+    Raises UsageError outside 14 ... 1,000,000 layers.
 
     >>> blocks_for_depth(26), blocks_for_depth(1_004), blocks_for_depth(10_000)
     ((1, 1, 5, 1), (28, 28, 250, 28), (278, 278, 2499, 278))

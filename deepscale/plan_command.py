@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from deepscale import config, kernel, plan, plan_report, world
+from deepscale import config, kernel, plan, plan_report, plan_table, world
 from deepscale.config import GROUPS, Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
 from deepscale.plan_choices import Choice, deepest, placements, policies
+from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
 from deepscale.plan_network import flops_of, images_of
 from deepscale.plan_time import measure_step_s
 from deepscale.world import World
@@ -35,22 +36,36 @@ def main(arguments: list[str]) -> None:
     size = "24GiB, 24GB, 512MiB ..."
     parser.add_argument("--device-memory", type=config.parse_bytes, metavar="SIZE", help=f"of the GPU to plan for: {size} (default: what is here)")
     parser.add_argument("--host-memory", type=config.parse_bytes, metavar="SIZE", help=f"memory of the host: {size} (default: what is free here)")
-    parser.add_argument("--ranks", type=config.parse_count, default=1, metavar="N", help="processes, on one host, a GPU each (default: 1)")
+    parser.add_argument("--ranks", type=config.parse_count, metavar="N", help="processes, on one host, a GPU each (default: 1)")
+    parser.add_argument("--nodes", type=config.parse_count, metavar="N", help="hosts of a cluster (default: 1)")
+    parser.add_argument("--gpus-per-node", type=config.parse_count, metavar="N", help="ranks on each of them, a GPU each (default: 1)")
+    for name, text, default in (
+        ("gpu", "each GPU sends to another of its node", GPU_BANDWIDTH),
+        ("node", "each node sends to others", NODE_BANDWIDTH),
+    ):
+        text = f"that {text} in a second (default: {default / 1e9:.0f}GB)"
+        parser.add_argument(f"--{name}-bandwidth", type=config.parse_bytes, metavar="SIZE", help=f"bytes {text}")
     parser.add_argument("--classes", type=config.parse_count, default=10, metavar="N", help="classes of the data set (default: 10)")
     parser.add_argument("--max-depth", action="store_true", help="how deep each choice can go, instead of a plan for --depth")
+    parser.add_argument("--table", action="store_true", help=f"a page in Markdown: {plan_table.ABOUT}")
     parser.add_argument("--json", action="store_true", help="for scripts: one JSON object on standard output")
     config.add_arguments(parser, *GROUPS)
     given = parser.parse_args(arguments)
     asked = config.from_namespace(given)
-    machine, place = target(asked, given)
+    if given.table:
+        print(plan_table.page(asked, given, target, arguments), end="")
+        return
+    cluster = cluster_of(given)
+    machine, place = target(asked, given, cluster)
     if not given.max_depth:
         asked = kernel.choose(asked, place, _say, _say)
     shape = {"channels": 1 if asked.data.dataset == "fashionmnist" else 3, "image_size": 32, "classes": given.classes}
     record = {"machine": dataclasses.asdict(machine) | {"process_bytes": process_bytes(asked), "here": here(given)}}
+    record["cluster"] = dataclasses.asdict(cluster)
     if given.max_depth:
         record |= _depths(asked, machine, shape)
     else:
-        record |= _planned(asked, given, machine, place, shape)
+        record |= _planned(asked, given, machine, place, shape, cluster)
     print(json.dumps(record, indent=2, default=str) if given.json else plan_report.text(record))
 
 
@@ -59,24 +74,31 @@ def here(given: argparse.Namespace) -> bool:
     return given.device_memory is None
 
 
-def target(asked: Config, given: argparse.Namespace) -> tuple[Machine, World]:
+def cluster_of(given: argparse.Namespace) -> Cluster:
+    """The nodes and ranks that are planned for. Raises UsageError for numbers that contradict each other."""
+    nodes = given.nodes or 1
+    local = given.gpus_per_node or (given.ranks if given.ranks and nodes == 1 else 1)
+    if given.ranks not in (None, nodes * local):
+        raise UsageError(f"{nodes:,} nodes of {local:,} ranks are {nodes * local:,}, and --ranks {given.ranks:,} was given; leave --ranks out")
+    bandwidths = {name: value for name in ("gpu_bandwidth", "node_bandwidth") if (value := getattr(given, name)) is not None}
+    return Cluster(nodes, local, **bandwidths)
+
+
+def target(asked: Config, given: argparse.Namespace, cluster: Cluster) -> tuple[Machine, World]:
     """The machine that is planned for, and this process's place in it. Raises UsageError for one that cannot be."""
     if given.device_memory is not None and asked.engine.device == "cpu":
         raise UsageError("--device-memory is that of a GPU, and --device cpu was given; type --host-memory for a CPU's")
     device = "cuda" if given.device_memory is not None else world.choose_device(asked.engine)
-    place = World(0, given.ranks, 0, given.ranks, torch.device(device))
+    place = World(0, cluster.ranks, 0, cluster.ranks_per_node, torch.device(device))
     if given.device_memory is None:
         machine = measure_machine(place)
     else:
-        machine = Machine(device, max(0, given.device_memory - CONTEXT_BYTES), measure_machine(_cpu(given.ranks)).host_bytes, True, given.ranks)
+        host = measure_machine(dataclasses.replace(place, device=torch.device("cpu"))).host_bytes
+        machine = Machine(device, max(0, given.device_memory - CONTEXT_BYTES), host, True, cluster.ranks)
     if given.host_memory is not None:
-        machine = dataclasses.replace(machine, host_bytes=given.host_memory // given.ranks)
+        machine = dataclasses.replace(machine, host_bytes=given.host_memory // cluster.ranks_per_node)
     machine = dataclasses.replace(machine, host_bytes=max(0, machine.host_bytes - process_bytes(asked)))
     return (machine if device == "cuda" else dataclasses.replace(machine, device_bytes=machine.host_bytes)), place
-
-
-def _cpu(ranks: int) -> World:
-    return World(0, ranks, 0, ranks, torch.device("cpu"))
 
 
 def process_bytes(asked: Config) -> int:
@@ -84,7 +106,7 @@ def process_bytes(asked: Config) -> int:
     return PROCESS_BYTES[asked.engine.engine] + DATASET_BYTES.get(asked.data.dataset, CIFAR_BYTES)
 
 
-def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: World, shape: dict[str, int]) -> dict[str, Any]:
+def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: World, shape: dict[str, int], cluster: Cluster) -> dict[str, Any]:
     """The plan of a run, and of all choices at its size."""
     found = plan.resolve(asked, place, machine, **shape)
     step_s = found.step_s
@@ -105,8 +127,9 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
         "device_bytes": found.memory.device,
         "host_bytes": found.memory.host,
         "step_s": step_s,
+        "communication": _communication(found.config, given, machine, shape, cluster),
         "notes": list(found.notes),
-        "command": command(asked, found.config, machine.ranks),
+        "command": command(asked, found.config, machine.ranks, cluster.nodes),
         "settings": config.flat(found.config),
     }
 
@@ -130,12 +153,27 @@ def _depths(asked: Config, machine: Machine, shape: dict[str, int]) -> dict[str,
     return {"sizes": sizes, "depths": rows}
 
 
-def command(asked: Config, settings: Config, ranks: int) -> str:
+def _communication(settings: Config, given: argparse.Namespace, machine: Machine, shape: dict[str, int], cluster: Cluster) -> list[dict[str, Any]]:
+    """What each rank and node sends in a step, for every ZeRO stage of the engine; without seconds where no bandwidth is known."""
+    known = machine.device == "cuda" or given.gpu_bandwidth or given.node_bandwidth
+    stages = range(4) if settings.engine.engine == "deepspeed" and not settings.engine.deepspeed_config else [int(settings.engine.zero)]
+    rows = []
+    for zero in stages if machine.ranks > 1 else []:
+        own = settings.replace(zero=zero, offload="none" if zero == 0 else settings.engine.offload)
+        found = communication_of(own, machine.ranks, shape["channels"], shape["classes"])
+        traffic = traffic_of(found, cluster)
+        rows.append({"zero": zero, "sent": found.sent, "gpu": traffic.gpu, "node": traffic.node, "seconds": traffic.seconds if known else None})
+    return rows
+
+
+def command(asked: Config, settings: Config, ranks: int, nodes: int = 1) -> str:
     """The command that trains as planned: what was given, and the planner's choices that decide what is built and what it takes."""
     values, given = config.flat(settings), config.differing(asked)
     chosen = [name for name in CHOSEN if not (name == "depth" and asked.model.blocks) and not (name in ("zero", "offload") and _fixed(asked))]
     chosen = [name for name in chosen if not (name == "segment" and values[name] is None)]
     parts = [part for name in [*chosen, *(name for name in given if name not in CHOSEN)] for part in config.typed(name, values[name])]
+    if nodes > 1:
+        return shlex.join(["sbatch", f"--nodes={nodes}", f"--gpus-per-node={ranks // nodes}", "slurm/train.sbatch", *parts])
     plain = asked.engine.engine == "torch" and ranks == 1
     start = ["python", "-m", "deepscale.train"] if plain else ["deepspeed", *(["--num_gpus", str(ranks)] if ranks > 1 else []), "deepscale/train.py"]
     return ("DS_ACCELERATOR=cpu " if settings.engine.device == "cpu" and ranks > 1 else "") + shlex.join([*start, *parts])

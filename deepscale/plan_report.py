@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from deepscale.config import Config
+from deepscale.depth import MAX_DEPTH
 from deepscale.machine import Machine
 from deepscale.plan_choices import Choice, fits
 from deepscale.plan_memory import memory_of
@@ -56,9 +57,26 @@ def _plan(record: Record) -> list[str]:
             + [[_policy(row), *(_gib(v) for v in _causes(row))] for row in rows]
         ),
         "",
+        *_communication(record),
         "to train it:",
         f"  {record['command']}",
     ]
+
+
+def _communication(record: Record) -> list[str]:
+    """What ranks send each other, a line for each ZeRO stage."""
+    rows, cluster = record["communication"], record["cluster"]
+    if not rows:
+        return []
+    timed = rows[0]["seconds"] is not None
+    gpu, node = (f"{cluster[f'{name}_bandwidth'] / 1e9:g} GB/s" for name in ("gpu", "node"))
+    said = f"; seconds at {gpu} from a GPU to another of its node and {node} from a node to others, nothing of it hidden behind computation"
+    lines = [["ZeRO", "each rank sends", "of it within its node", "a node sends to others", *(["seconds"] if timed else [])]]
+    for row in rows:
+        amounts = [f"{row[name] / 1e9:.3g} GB" for name in ("sent", "gpu", "node")]
+        lines.append([str(row["zero"]), *amounts, *([seconds(row["seconds"])] if timed else [])])
+    nodes = f"{cluster['nodes']} node{'s' if cluster['nodes'] > 1 else ''} of {cluster['ranks_per_node']} ranks"
+    return [f"Sent in a step, {nodes}{said if timed else ''}:", *_table(lines), ""]
 
 
 def _causes(row: Record) -> list[int]:
@@ -95,8 +113,8 @@ def _depths(record: Record) -> list[str]:
         own = {_policy(row): row["max_depth"] for row in rows if (row["zero"], row["offload"]) == place}
         lines.append([str(place[0]), place[1], *(f"{own[name]:,}" if own.get(name) else "none" for name in policies)])
     return [
-        f"Deepest networks that fit, layers (at most 100,001), at width {sizes['width']}, patch {sizes['patch_size']}, batch {sizes['batch_size']}, "
-        f"{sizes['precision']}:",
+        f"Deepest networks that fit, layers (at most {MAX_DEPTH + 1:,}), at width {sizes['width']}, patch {sizes['patch_size']}, "
+        f"batch {sizes['batch_size']}, {sizes['precision']}:",
         *_table(lines),
     ]
 

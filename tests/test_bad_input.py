@@ -53,9 +53,9 @@ def refused(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--depth 3", ["--depth 3", "14", "100,000"]),
+        ("--depth 3", ["--depth 3", "14", "1,000,000"]),
         ("--depth 13", ["--depth 13", "14"]),
-        ("--depth 100001", ["--depth 100001", "100,000"]),
+        ("--depth 1000001", ["--depth 1000001", "1,000,000"]),
         ("--depth deep", ["'deep'", "not a number", "--depth 1004"]),
         ("--depth 26.5", ["'26.5'", "not a number"]),
         ("--depth -26", ["--depth"]),

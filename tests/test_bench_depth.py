@@ -16,6 +16,7 @@ from deepscale.bench import bracket, depth, limit, main, trial
 from deepscale.bench.bracket import Trial, ends, search
 from deepscale.bench.limit import OUT_OF_MEMORY, TOO_SLOW, TRAINED, run_within
 from deepscale.bench.worker import BenchError
+from deepscale.depth import MAX_DEPTH
 from deepscale.errors import UsageError
 
 LIMIT = 4_000_000
@@ -76,7 +77,7 @@ def test_where_the_smallest_does_not_train_the_search_ends() -> None:
 def test_where_everything_trains_the_search_ends_near_the_deepest_there_is() -> None:
     low, high = ends(search(network(10**9), 50_000, LIMIT, 0.05))
     assert low is not None and high is None
-    assert 100_000 / 1.05 - 3 < low.layers <= 100_000
+    assert MAX_DEPTH / 1.05 - 3 < low.layers <= MAX_DEPTH
 
 
 # ------------------------------------------------------------------------------------------------------------- the limit

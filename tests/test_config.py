@@ -172,8 +172,8 @@ def test_a_value_that_cannot_be_read_is_refused_by_name(name: str, text: str) ->
 
 
 OUT_OF_RANGE = [
-    ("depth", "13", "14 (one block in each of 4 stages) to 100,000 layers"),
-    ("depth", "100001", "to 100,000 layers"),
+    ("depth", "13", "14 (one block in each of 4 stages) to 1,000,000 layers"),
+    ("depth", "1000001", "to 1,000,000 layers"),
     ("blocks", "1,1,5", "four numbers of blocks, each at least 1"),
     ("blocks", "1,1,5,0", "four numbers of blocks, each at least 1"),
     ("blocks", "1,1,5,1,1", "four numbers of blocks, each at least 1"),

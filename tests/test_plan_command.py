@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deepscale import plan, plan_command
+from deepscale import plan, plan_command, plan_table
 from deepscale.config import flat, parse
 from deepscale.errors import UsageError
 from deepscale.plan_choices import FITS
@@ -130,3 +130,55 @@ def test_depths_of_every_choice(planned: Any, capsys: pytest.CaptureFixture[str]
 def test_bad_input_is_a_sentence(given: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         plan_command.main(list(given))
+
+
+# ------------------------------------------------------------------------------------------------------------- a cluster
+
+CLUSTER = ("--nodes", "16", "--gpus-per-node", "8", "--device-memory", "80GiB", "--host-memory", "1TiB")
+
+
+def test_a_cluster_is_planned_rank_by_rank_and_link_by_link(planned: Any) -> None:
+    """128 ranks of 100,000 layers: states shared by all, host memory by those of a node, and a ring's bytes over both kinds of link."""
+    found = planned(*CLUSTER, "--depth", "100000", "--width", "64")
+    assert found["machine"]["ranks"] == 128
+    assert found["machine"]["host_bytes"] + found["machine"]["process_bytes"] == 2**40 // 8
+    whole = 4 * found["parameters"]
+    cut_up = next(row["device"] for row in found["choices"] if (row["zero"], row["offload"]) == (3, "none"))
+    assert whole > 78e9 and cut_up["weights"] + cut_up["gradients"] + cut_up["optimizer"] == pytest.approx(5 * whole / 128, rel=1e-6)
+    sent = {row["zero"]: row for row in found["communication"]}
+    for zero, times in ((0, 2), (1, 3), (2, 3), (3, 3)):
+        row = sent[zero]
+        assert row["sent"] == row["gpu"] == row["node"] == pytest.approx(times * whole * 127 / 128, rel=0.005)
+        assert row["seconds"] == pytest.approx(row["sent"] / 25e9)  # the network's 200 Gbit/s
+    assert found["command"].startswith("sbatch --nodes=16 --gpus-per-node=8 slurm/train.sbatch --depth 100001 ")
+    assert pasted(found["command"].replace("--nodes=16 --gpus-per-node=8 ", ""))["zero"] == 3
+
+
+def test_a_bandwidth_given_decides_the_time(planned: Any) -> None:
+    sizes = ("--depth", "1004", "--width", "64")
+    faster = planned(*CLUSTER, *sizes, "--node-bandwidth", "400GB", "--gpu-bandwidth", "100GB")["communication"]
+    assert all(row["seconds"] == pytest.approx(row["sent"] / 100e9) for row in faster)
+    inside = planned("--ranks", "8", "--device-memory", "80GiB", "--host-memory", "1TiB", *sizes)["communication"]
+    assert all(row["node"] == 0 and row["seconds"] == pytest.approx(row["sent"] / 300e9) for row in inside)
+    cpu = planned("--depth", "26", "--width", "8", "--device", "cpu", "--ranks", "2", "--host-memory", "64GiB")["communication"]
+    assert [row["seconds"] for row in cpu] == [None] * 4 and cpu[3]["sent"] > 1.1 * cpu[1]["sent"]  # gloo's reduce-scatter
+    assert planned("--depth", "26", "--device-memory", "80GiB", "--host-memory", "1TiB")["communication"] == []
+
+
+def test_ranks_that_contradict_the_nodes_are_refused() -> None:
+    with pytest.raises(UsageError, match="16 nodes of 8 ranks are 128, and --ranks 64 was given; leave --ranks out"):
+        plan_command.main([*CLUSTER, "--ranks", "64"])
+
+
+def test_the_page_has_every_network_and_says_how_it_was_written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of its eight networks, on one node and two: rows agree with a plan of that network."""
+    monkeypatch.setattr(plan_table, "DEPTHS", (1_004, 100_000))
+    monkeypatch.setattr(plan_table, "WIDTHS", (64,))
+    plan_command.main(["--table", "--nodes", "2", "--gpus-per-node", "4"])
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith(("| 1,004 ", "| 100,001 "))]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(row[0], row[1]) for row in rows] == 2 * [("1,004", "64"), ("100,001", "64")]
+    assert rows[0][3] == "yes" and rows[1][3] == "**no**" and rows[0][8] == "0" and rows[2][7] == rows[2][8] != "0"
+    assert "deepscale plan --table --nodes 2 --gpus-per-node 4 > docs/plan.md" in text
+    assert "## 1 node, 4 GPUs" in text and "## 2 nodes, 8 GPUs" in text

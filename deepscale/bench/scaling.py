@@ -4,11 +4,12 @@ Every point is a launch of its own: a process for each rank, pinned to cores of 
 process; beside them stands what `deepscale plan` computes. Points are written as they are measured.
 
     deepscale bench scaling --ranks 1,2,4 --zero 0,1,2,3 --json scaling.json     # starts its ranks itself, on this machine
-    srun ... deepscale bench scaling --here --zero 0,1,2,3 --json nodes-2.json   # as one rank of the world that srun or torchrun has started
+    srun ... deepscale bench scaling --zero 0,1,2,3 --json nodes-2.json      # as one rank of the world that srun or torchrun has started
     deepscale bench scaling --merge *.json --json all.json --csv all.csv --figure scaling.png --page scaling.md   # measures nothing
 
-`--here` takes RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment; every rank runs the command, rank 0 writes. Each point
-starts a process beside it and takes the next port after MASTER_PORT. Efficiency needs a point of one rank: merge in the file of one.
+Where the environment has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, that world is measured instead of --ranks: every rank runs the
+command, and rank 0 writes. Each point starts a process beside it and takes the next port after MASTER_PORT. Efficiency needs a point of one rank:
+merge in the file of one.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Report, Row, check_writable, versions, write_json, write_text
 from deepscale.bench.scaling_page import draw, page
 from deepscale.bench.scaling_study import MB, MODES, Study, joined, launch_of, point_of, points_from
-from deepscale.bench.worker import FOREIGN, run_here, run_ranks
+from deepscale.bench.worker import run_here, run_ranks
 from deepscale.config import TrackingConfig, parse_count
 from deepscale.errors import UsageError
 from deepscale.tracking import open_tracker
@@ -30,6 +31,7 @@ from deepscale.tracking import open_tracker
 EXPERIMENT = "deepscale-scaling"
 SIZES = ("depth", "width", "batch_size", "steps", "warm_up", "threads", "kernel")
 PROGRAM = "deepscale.bench.ranked"
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(arguments: list[str]) -> None:
@@ -42,12 +44,13 @@ def main(arguments: list[str]) -> None:
         check_writable(path, option)
     if values.figure is not None:
         drawing.pyplot()
+    main_rank = bool(values.merge) or not _started() or os.environ["RANK"] == "0"
     if values.merge:
         study = _merged(values, report)
     else:
         study = Study(settings_of(values, *SIZES))
         _measure(values, study, report)
-    if _rank(values):
+    if not main_rank:
         return
     _fill(study, report)
     report.publish(values.json)
@@ -74,7 +77,6 @@ def _options() -> Options:
     options.size("repeat", 1, "launches of each point, in turn")
     options.size("threads", 1, "threads and cores of a rank")
     options.kernel()
-    add("--here", action="store_true", help="measure the world of this process, which srun or torchrun has started, instead of --ranks")
     add("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing: put points of these --json files together")
     for name, text in (("csv", "a table"), ("figure", "a figure (PNG)"), ("page", "a page in Markdown")):
         add(f"--{name}", type=Path, metavar="FILE", help=f"also write {text}")
@@ -100,20 +102,22 @@ def _list(low: int, high: int | None = None) -> Any:
     return parse
 
 
-def _rank(values: argparse.Namespace) -> int:
-    """Of this process; 0 where it is not one of several. Raises UsageError."""
-    if not values.here:
-        return 0
-    missing = [name for name in FOREIGN if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") and name not in os.environ]
-    if missing:
-        raise UsageError(f"--here needs {', '.join(missing)} in the environment; start it by srun or torchrun, or leave --here out")
-    return int(os.environ["RANK"])
+def _started() -> bool:
+    """Whether this process is a rank that srun or torchrun has started. Raises UsageError where the environment says so by half."""
+    missing = [name for name in WORLD if name not in os.environ]
+    if 0 < len(missing) < len(WORLD):
+        there = ", ".join(name for name in WORLD if name in os.environ)
+        raise UsageError(
+            f"{there} in the environment describe a rank, but {', '.join(missing)} are not there; start by srun or torchrun, or unset them"
+        )
+    return not missing
 
 
 def _measure(values: argparse.Namespace, study: Study, report: Report) -> None:
     """All points, launch after launch in turn; what is measured is in the file at once."""
-    rank, worlds = _rank(values), [int(os.environ["WORLD_SIZE"])] if values.here else values.ranks
-    wanted = _wanted(values, worlds)
+    started = _started()
+    rank = int(os.environ["RANK"]) if started else 0
+    wanted = _wanted(values, [int(os.environ["WORLD_SIZE"])] if started else values.ranks)
     report.details["measured"] = [{"command": report.command, "hardware": report.hardware, "versions": versions()}]
     number = 0
     for launch in range(values.repeat):
@@ -122,7 +126,7 @@ def _measure(values: argparse.Namespace, study: Study, report: Report) -> None:
             if not rank:
                 say(f"{ranks} rank{'s' if ranks > 1 else ''}, ZeRO {zero}, {batch} images a step, {launch + 1} of {values.repeat}")
             sizes = study.sizes | {"batch_size": batch, "zero": zero}
-            if values.here:
+            if started:
                 found = run_here(PROGRAM, sizes, number=number, threads=values.threads, limit_s=values.time_limit)
             else:
                 found = run_ranks(PROGRAM, sizes, ranks=ranks, threads=values.threads, limit_s=values.time_limit)

@@ -156,9 +156,8 @@ def draw(study: Study, out: Path) -> None:
     axes[1, 2].axis("off")
     axes[1, 2].legend(handles=handles, loc="center", frameon=False)
     sizes = study.sizes
-    figure.suptitle(
-        f"{sizes['depth']:,} layers, width {sizes['width']}, batch {sizes['batch_size']}" + (": oversubscribed where named" if over else "")
-    )
+    title = f"{sizes['depth']:,} layers, width {sizes['width']}, batch {sizes['batch_size']}"
+    figure.suptitle(title + (": more ranks than cores where both are named" if over else ""))
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 

@@ -7,7 +7,7 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deepscale.bench import networks
@@ -174,6 +174,9 @@ def points_from(records: Iterable[Mapping[str, Any]]) -> dict[Key, Point]:
 
 
 def joined(studies: Sequence[Study]) -> Study:
-    """One study of all; a point that several have measured is the last one's. All must have the same sizes."""
-    points = {key: point for study in studies for key, point in study.points.items()}
+    """One study of all, a point with the launches of every one. All must have the same sizes."""
+    points: dict[Key, Point] = {}
+    for key, point in ((key, point) for study in studies for key, point in study.points.items()):
+        launches = [*points[key].launches, *point.launches] if key in points else point.launches
+        points[key] = replace(point, launches=launches)
     return Study(studies[0].sizes, points)
