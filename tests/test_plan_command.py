@@ -174,11 +174,11 @@ def test_the_page_has_every_network_and_says_how_it_was_written(capsys: pytest.C
     """Two of its eight networks, on one node and two: rows agree with a plan of that network."""
     monkeypatch.setattr(plan_table, "DEPTHS", (1_004, 100_000))
     monkeypatch.setattr(plan_table, "WIDTHS", (64,))
-    plan_command.main(["--table", "--nodes", "2", "--gpus-per-node", "4"])
+    plan_command.main(["--table", "--nodes", "2", "--gpus-per-node", "4", "--device-memory", "8GiB", "--host-memory", "64GiB"])
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith(("| 1,004 ", "| 100,001 "))]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [(row[0], row[1]) for row in rows] == 2 * [("1,004", "64"), ("100,001", "64")]
     assert rows[0][3] == "yes" and rows[1][3] == "**no**" and rows[0][8] == "0" and rows[2][7] == rows[2][8] != "0"
-    assert "deepscale plan --table --nodes 2 --gpus-per-node 4 > docs/plan.md" in text
+    assert "deepscale plan --table --nodes 2 --gpus-per-node 4 --device-memory 8GiB --host-memory 64GiB > docs/plan.md" in text
     assert "## 1 node, 4 GPUs" in text and "## 2 nodes, 8 GPUs" in text

@@ -139,7 +139,7 @@ def draw(study: Study, out: Path) -> None:
     several = [row for row in (strong or weak) if row["ranks"] > 1]
     _lines(axes[1, 0], several, "planned_bytes", 1 / MB, "-", marker="")
     _lines(axes[1, 0], [row for row in several if row["sent_bytes"] is not None], "sent_bytes", 1 / MB, "")
-    axes[1, 0].set(title="bytes sent (points) and formula (lines)", ylabel="MB a step and rank")
+    axes[1, 0].set(title="bytes sent (points) and formula (lines);\nZeRO 1 sends what ZeRO 2 does", ylabel="MB a step and rank")
     _lines(axes[1, 1], strong or weak, "peak_bytes", 1 / MB, "-")
     axes[1, 1].set(title=f"peak memory of a rank, {'strong' if strong else 'weak'}", ylabel="MB over the process")
     ranks = sorted({point.ranks for point in study.points.values()})
