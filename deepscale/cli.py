@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": ("deepscale.prepare", "leave data and DeepSpeed's ops ready for machines without internet or compiler"),
     "plan": ("deepscale.plan_command", "what a run will take, before it runs"),
     "bench": ("deepscale.bench", "measure start, step, memory and feed"),
+    "evaluate": ("deepscale.evaluate", "accuracy and loss of a checkpoint, as the run measured them"),
     "export": ("deepscale.export", "weights by the plain network's names, and back"),
     "gradflow": ("deepscale.gradflow.command", "probe a network before training; the verdict of a recorded run"),
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),

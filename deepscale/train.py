@@ -177,7 +177,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         if settings.checkpoint.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
             if place.is_main:
-                checkpoints.save(Path(settings.checkpoint.checkpoint_dir), state, settings, info)
+                checkpoints.save(Path(settings.checkpoint.checkpoint_dir), state, settings, info, fit.eval_limit)
         peak = memory.peak_bytes(place.device)
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}

@@ -12,9 +12,11 @@ No file of a checkpoint is ever unpickled.
 from deepscale.checkpoints.restoring import restore
 from deepscale.checkpoints.saving import Saver, about
 from deepscale.checkpoints.stored import Checkpoint, find, open_checkpoint
-from deepscale.checkpoints.weights import WEIGHTS, check_writable, convert, gathered_state, network_of, read, save, write
+from deepscale.checkpoints.trained import Trained, convert, trained
+from deepscale.checkpoints.weights import WEIGHTS, check_writable, gathered_state, network_of, read, save, write
 
 __all__ = [
     "Checkpoint", "Saver", "about", "find", "open_checkpoint", "restore",
-    "WEIGHTS", "check_writable", "convert", "gathered_state", "network_of", "read", "save", "write",
+    "Trained", "convert", "trained",
+    "WEIGHTS", "check_writable", "gathered_state", "network_of", "read", "save", "write",
 ]  # fmt: skip

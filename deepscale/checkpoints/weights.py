@@ -6,7 +6,6 @@ A file is written under a temporary name and renamed, so a reader never sees hal
 import dataclasses
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from deepscale import config
-from deepscale.config import Config
+from deepscale.config import AUTO, Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
 from deepscale.errors import MissingPackageError, UsageError
+from deepscale.files import atomic
 from deepscale.models.components import average_running_statistics
 from deepscale.models.convnext import ConvNeXt
-from deepscale.models.naming import load_plain, to_plain
 
 WEIGHTS = "model.safetensors"
 
@@ -53,9 +52,13 @@ def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
     return state
 
 
-def described(settings: Config, info: DatasetInfo) -> dict[str, Any]:
-    """What rebuilds the network of planned settings."""
+def described(settings: Config, info: DatasetInfo, eval_images: int | None = None) -> dict[str, Any]:
+    """What rebuilds the network of planned settings, and what evaluates it as the run does: on its first `eval_images`, None for all."""
+    dataset = info.name if settings.data.dataset == AUTO else settings.data.dataset
+    limit = eval_images if eval_images is not None or settings.data.eval_images == AUTO else settings.data.eval_images
+    data = {"dataset": dataset, "data_dir": settings.data.data_dir, "digest": info.digest, "eval_images": limit}
     return {
+        "data": data | {"precision": settings.engine.precision},
         "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks},
         "stack_size": settings.engine.stack_size,
         "classes": info.classes,
@@ -63,26 +66,21 @@ def described(settings: Config, info: DatasetInfo) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo) -> Path:
-    """Writes `model.safetensors`: the stacked state and, as metadata, what rebuilds the network."""
+def save(folder: Path, state: dict[str, Tensor], settings: Config, info: DatasetInfo, eval_images: int | None = None) -> Path:
+    """Writes `model.safetensors`: the stacked state and, as metadata, what `described` says."""
     path = folder / WEIGHTS
-    write(path, state, {"deepscale": json.dumps(described(settings, info)), "layout": "stacked"})
+    write(path, state, {"deepscale": json.dumps(described(settings, info, eval_images)), "layout": "stacked"})
     return path
 
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, complete or not at all; makes its folder. Raises UsageError where it cannot be written."""
     safetensors = _safetensors()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); type another path") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with atomic(path) as temporary:
+        try:
+            safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
+        except safetensors.SafetensorError as error:  # also of a full disk
+            raise OSError(str(error)) from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -110,22 +108,6 @@ def network_of(metadata: dict[str, str]) -> ConvNeXt:
         return ConvNeXt(model, classes=described["classes"], channels=described["channels"], stack_size=size)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the description of the file's network cannot be read ({error!r}): export it with the version that wrote it") from None
-
-
-def convert(source: Path, target: Path, stacked: bool) -> int:
-    """Writes `source` with the plain network's names, or, with `stacked`, with ours; returns the number of tensors."""
-    state, metadata = read(source)
-    model = network_of(metadata)
-    if metadata.get("layout") == "stacked":
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UsageError(f"{source} does not hold the tensors of the network it describes: {' '.join(str(error).split())[:300]}") from None
-    else:
-        load_plain(model, state)
-    out = dict(model.state_dict()) if stacked else to_plain(model)
-    write(target, {name: value.clone() for name, value in out.items()}, metadata | {"layout": "stacked" if stacked else "plain"})
-    return len(out)
 
 
 def _safetensors() -> ModuleType:
