@@ -2,7 +2,8 @@
 # What the scripts of this folder share; they source it. Nothing here knows of a cluster: cluster.sh does.
 #
 # Environment of a job: DEEPSCALE_SHARED (cluster.sh), and what this sets:
-#   JOB                    the job's folder, jobs/NAME-ID (NAME-ARRAY_TASK) in the shared one; the same after a requeue
+#   JOB                    the job's folder, jobs/train-12 or jobs/ladder-13_0 in the shared one, the same after a requeue;
+#                          DEEPSCALE_JOB=train-12 makes a new job go on in that of an earlier one
 #   DEEPSCALE_OPS_DIR      compiled ops that `deepscale prepare` left
 #   MLFLOW_TRACKING_URI    unless given: a store in the job's folder, since jobs must not share an SQLite file over a network
 #   MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS
@@ -22,14 +23,15 @@ fail() {
 begin_job() {
     [[ -n ${DEEPSCALE_SHARED:-} ]] || fail "DEEPSCALE_SHARED is not set: give the folder that all nodes see in slurm/cluster.sh"
     command -v deepscale >/dev/null || fail "there is no command deepscale on $(hostname): see the second line of slurm/cluster.sh"
-    JOB=$DEEPSCALE_SHARED/jobs/$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    NAME=${DEEPSCALE_JOB:-$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+    JOB=$DEEPSCALE_SHARED/jobs/$NAME${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     mkdir -p "$JOB" || fail "$JOB cannot be made: is $DEEPSCALE_SHARED (slurm/cluster.sh) there on $(hostname), and yours?"
     JOB=$(cd "$JOB" && pwd)
     export JOB DEEPSCALE_OPS_DIR=${DEEPSCALE_OPS_DIR:-$DEEPSCALE_SHARED/ops}
     export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$JOB/mlflow.db}
     MASTER_ADDR=$(address_of "$(hosts | head -n 1)") && export MASTER_ADDR
-    # Below the ports that the system gives away by itself; two jobs on a node have different ones.
-    export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    # Below the ports that the system gives away by itself; 20 for each job, so that two on a node do not meet.
+    export MASTER_PORT=$((20000 + SLURM_JOB_ID % 500 * 20))
     GPUS=${SLURM_GPUS_ON_NODE:-0}
     if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
         TASKS=$SLURM_NTASKS_PER_NODE # on each node
@@ -41,6 +43,7 @@ begin_job() {
     fi
     CPUS=$((SLURM_CPUS_ON_NODE > TASKS ? SLURM_CPUS_ON_NODE / TASKS : 1)) # for each of them
     export OMP_NUM_THREADS=$CPUS
+    rm -rf "$JOB/ranks"
     say "job $SLURM_JOB_ID on $(hosts | xargs), $TASKS ranks each with $CPUS cores${SLURM_RESTART_COUNT:+, started for the $((SLURM_RESTART_COUNT + 1)). time}"
     say "records and checkpoints in $JOB"
 }
@@ -59,6 +62,7 @@ launch() {
     local nodes=$1
     shift
     local -a options=(--nodes="$nodes" --nodelist="$(hosts | head -n "$nodes" | paste -sd,)" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
+    mkdir "$JOB/ranks"
     # Every rank sees all GPUs of its node and takes that of its number, as with other launchers.
     ((GPUS == 0)) || options+=(--gpu-bind=none)
     # No kill on the first bad exit: exit code 75 is one, and rank 0 may still be closing its record then.
@@ -73,6 +77,13 @@ be_rank() {
     IFS=, read -ra here <<<"$SLURM_GTIDS"
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${#here[@]}
     trap '' USR1 # would end a program that does not listen yet; `supervise` says it again
+    : >"$JOB/ranks/$RANK" # now it may be said
+}
+
+# Whether every rank ignores or hears USR1; what is not made of ranks may be told at any time.
+listening() {
+    local -a ranks=("$JOB"/ranks/*)
+    [[ ! -d $JOB/ranks || ${#ranks[@]} -ge $((SLURM_JOB_NUM_NODES * TASKS)) ]]
 }
 
 # supervise COMMAND...: waits for the command. On USR1, which Slurm sends before the time limit (#SBATCH --signal), it asks the command to
@@ -88,7 +99,7 @@ supervise() {
         if [[ -z $asked ]]; then
             wait "$child" || true # returns when a signal comes, too
         else
-            ((seconds++ % 5)) || kill -s USR1 "$child" 2>/dev/null || true
+            ! listening || ((seconds++ % 5)) || kill -s USR1 "$child" 2>/dev/null || true
             sleep 1
         fi
     done
@@ -97,10 +108,9 @@ supervise() {
     if [[ -n $asked ]] && ((code == INTERRUPTED || code == 138)); then
         say "stopped by the signal before the time limit; back into the queue to go on from the checkpoint"
         scontrol requeue "$SLURM_JOB_ID" && exit 0
-        say "Slurm did not requeue the job: submit it again with --checkpoint-dir $JOB/checkpoints"
-    elif ((code == INTERRUPTED)); then
-        say "interrupted after a checkpoint; to go on, submit again with --checkpoint-dir $JOB/checkpoints"
+        say "Slurm did not requeue the job"
     fi
+    ((code != INTERRUPTED)) || say "stopped after a checkpoint; to go on, type DEEPSCALE_JOB=$NAME before the same sbatch ..."
     exit "$code"
 }
 
@@ -110,7 +120,7 @@ train() {
     shift
     # Named by hand, so that missing files end the job instead of training on synthetic images. What the user says comes later and wins.
     supervise launch "$nodes" python -m deepscale.train --no-download --dataset cifar10 --data-dir "$DEEPSCALE_SHARED/data" \
-        --checkpoint-dir "$JOB/checkpoints" --resume auto "$@"
+        --checkpoint-dir "$JOB/checkpoints" --checkpoint-every 10m --resume auto "$@"
 }
 
 # ------------------------------------------------------------------------------------------------------------------- Ray

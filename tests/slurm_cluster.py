@@ -26,14 +26,15 @@ GPUS = 2
 CPUS = 8  # more than there are, so that two jobs fit a node
 READY_S = 30.0
 
-# A requeued job waits as long as its credentials live: 120 s if nothing is said. The kill after the end of its time is as quick.
+# A requeued job waits as long as its credentials live, 120 s if nothing is said. Not shorter by `scontrol update StartTime=now`: its
+# new start may then be taken for the old one, which ended, and fail.
 CONFIGURATION = """\
 ClusterName=deepscale
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket,cred_expire=6
 CredType=cred/munge
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={port}
@@ -49,7 +50,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_min_interval=100000,batch_sched_delay=1
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15

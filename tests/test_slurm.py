@@ -17,6 +17,9 @@ import pytest
 from conftest import REPOSITORY
 from slurm_cluster import Cluster, missing
 
+from deepscale import merge
+from deepscale.tracking_read import Reader
+
 SCRIPTS = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
 
 
@@ -43,7 +46,7 @@ class Site:
             shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         lines = (folder / "slurm" / "cluster.sh").read_text()
         lines = re.sub(r"^source .*", f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH", lines, flags=re.M)
-        lines = re.sub(r"^export DEEPSCALE_SHARED=\S*", f"export DEEPSCALE_SHARED={shlex.quote(str(folder / 'shared'))}", lines, flags=re.M)
+        lines = re.sub(r"^export DEEPSCALE_SHARED=.*", f"export DEEPSCALE_SHARED={shlex.quote(str(folder / 'shared'))}", lines, flags=re.M)
         (folder / "slurm" / "cluster.sh").write_text(lines)
         # The scripts' library with any command in the place of the training.
         head = (folder / "slurm" / "train.sbatch").read_text().rpartition("begin_job")[0]
@@ -72,11 +75,6 @@ class Site:
         self.wait(job, lambda: self.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), timeout_s)
         return self.state(job)
 
-    def start_again(self, job: str) -> None:
-        """Waits until the job is requeued, and does not let it wait as long as Slurm would."""
-        self.wait(job, lambda: self.state(job) == "PENDING", 60)
-        self.cluster.command("scontrol", "update", f"jobid={job}", "StartTime=now")
-
 
 @pytest.fixture
 def site(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
@@ -102,7 +100,7 @@ def test_ranks_and_arguments(site: Site) -> None:
     assert all(arguments == odd for _, arguments in ranks)
     places = [[environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURMD_NODENAME")] for environment, _ in ranks]
     assert places == [[str(rank), "4", str(rank % 2), "2", f"node{1 + rank // 2}"] for rank in range(4)]
-    assert {(e["MASTER_ADDR"], e["MASTER_PORT"], e["OMP_NUM_THREADS"]) for e, _ in ranks} == {("127.0.0.1", str(20000 + int(job) % 10000), "2")}
+    assert {(e["MASTER_ADDR"], e["MASTER_PORT"], e["OMP_NUM_THREADS"]) for e, _ in ranks} == {("127.0.0.1", str(20000 + 20 * (int(job) % 500)), "2")}
     assert {e["MLFLOW_TRACKING_URI"] for e, _ in ranks} == {f"sqlite:///{site.jobs}/any-{job}/mlflow.db"}
 
 
@@ -128,7 +126,6 @@ def test_the_signal_before_the_limit_stops_all_ranks_and_requeues(site: Site) ->
     job = site.submit("--nodes=2", "any.sbatch", "python", "stops.py", "7")
     site.wait(job, lambda: "records and checkpoints" in site.output(job), 30)
     site.cluster.command("scancel", "--signal=USR1", "--batch", job)
-    site.start_again(job)
     assert site.end(job) == "FAILED"
     assert "started for the 2. time" in site.output(job)
     assert "ExitCode=7:0" in site.cluster.command("scontrol", "show", "job", job)
@@ -155,7 +152,7 @@ def test_a_dead_node_requeues_its_job(site: Site) -> None:
     site.cluster.command("scontrol", "update", "nodename=node2", "state=down", "reason=killed")
     try:
         site.wait(job, lambda: site.state(job) == "PENDING", 30)
-        site.cluster.command("scontrol", "update", f"jobid={job}", "NodeList=node1", "StartTime=now")
+        site.cluster.command("scontrol", "update", f"jobid={job}", "NodeList=node1")
         assert site.end(job) == "COMPLETED"
         assert site.output(job).count("up node1") == 1
     finally:
@@ -175,3 +172,66 @@ def test_what_is_missing_gets_a_sentence(site: Site) -> None:
     job = site.submit("any.sbatch", "true")
     assert site.end(job) == "FAILED"
     assert "is /proc/nowhere (slurm/cluster.sh) there" in site.output(job)
+
+
+TINY = [
+    "--dataset", "synthetic", "--feed", "tensors", "--depth", "14", "--width", "4", "--patch-size", "4", "--batch-size", "16", "--eval-images", "40",
+    "--eval-every", "1000", "--kernel", "torch", "--record-every", "0",
+]  # fmt: skip
+
+
+def losses(store: Path) -> tuple[list[tuple[int, float]], str]:
+    """Every training loss of the only run in a store, and how the run ended."""
+    reader = Reader(f"sqlite:///{store}")
+    (run,) = reader.runs()
+    return reader.history(run, "train/loss"), run.info.status
+
+
+def test_a_training_on_two_nodes_goes_on_after_the_signal_and_ends_at_the_same_loss(site: Site) -> None:
+    """ZeRO 1 on two nodes: stopped by the signal in the middle, requeued, resumed; every loss as of a run that was left alone."""
+    training = ["--nodes=2", "slurm/train.sbatch", *TINY, "--zero", "1", "--max-steps", "120"]
+    name = 'it\'s "two" nodes'
+    whole, cut = site.submit(*training), site.submit(*training, "--run-name", name)
+    site.wait(cut, lambda: "step 1/" in site.output(cut), 90)
+    site.cluster.command("scancel", "--signal=USR1", "--batch", cut)
+    assert [site.end(job, 120) for job in (whole, cut)] == ["COMPLETED", "COMPLETED"], site.output(cut)
+    expected, status = losses(site.jobs / f"train-{whole}" / "mlflow.db")
+    resumed, resumed_status = losses(site.jobs / f"train-{cut}" / "mlflow.db")
+    assert len(expected) == 120 and resumed == expected
+    assert status == resumed_status == "FINISHED"
+
+
+def test_a_ladder_of_depths_and_its_stores_merged(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array of two depths: each task trains its own and records in a store of its own; `deepscale merge` brings them together."""
+    job = site.submit("--array=0-1", "slurm/ladder.sbatch", "14,26", *TINY, "--max-steps", "2", "--engine", "torch")
+    tasks = [f"{job}_0", f"{job}_1"]
+    for task in tasks:
+        site.wait(task, lambda task=task: site.state(task) == "COMPLETED", 90)
+    monkeypatch.chdir(site.folder)
+    merge.main([str(site.jobs)])
+    runs = Reader(f"sqlite:///{site.folder}/mlflow.db").runs("deepscale")
+    assert sorted(int(run.data.params["built_depth"]) for run in runs) == [14, 26]
+    assert all((site.jobs / f"ladder-{task}" / "checkpoints").is_dir() for task in tasks)
+
+
+def test_a_sweep_on_a_ray_cluster_of_both_nodes(site: Site) -> None:
+    """A grid of two trainings, one on each node at the same time; Ray is gone with the job, and each trial has its store."""
+    pytest.importorskip("ray")
+    grid = ["--grid", "layerscale_init=0,1", "--trial-cpus", "2"]
+    job = site.submit("--nodes=2", "--cpus-per-task=2", "slurm/sweep.sbatch", *grid, *TINY, "--max-steps", "2", "--engine", "torch")
+    assert site.end(job, 150) == "COMPLETED", site.output(job)
+    assert "sweep: 2 nodes, 4 cores, 0 GPUs" in site.output(job)
+    assert re.search(r"^layerscale_init=1 +\d+\.\d\d%$", site.output(job), flags=re.M), site.output(job)
+    stores = sorted((site.jobs / f"sweep-{job}").glob("sweep/trials/*/mlflow.db"))
+    settings = [run.data.params["layerscale_init"] for store in stores for run in Reader(f"sqlite:///{store}").runs("sweep")]
+    assert sorted(map(float, settings)) == [0.0, 1.0]
+    assert not Path(f"/tmp/deepscale-ray-{job}").exists()
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if f"deepscale-ray-{job}".encode() in _bytes(path)]
+    assert not left
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
