@@ -141,15 +141,18 @@ begin_ray() {
 # network reaches; another one of the loopback interface it leaves alone.
 ip_of() { getent ahostsv4 "$1" | awk '{ sub(/^127\.0\.0\.1$/, "127.0.0.2", $1); print $1; exit }'; }
 
+# On each node. Short: Ray's sockets lie there, and their paths have at most 107 characters.
+ray_folder() { echo "/tmp/deepscale-ray-$SLURM_JOB_ID"; }
+
 # In a task of srun, one a node: the head on the first, a worker on each other one, until they are told to end.
 ray_node() {
-    local folder=/tmp/deepscale-ray-$SLURM_JOB_ID seconds=0 # short: Ray's sockets lie there, and their paths have at most 107 characters
+    local seconds=0
     local -a options=(--node-ip-address="$(ip_of "$(address_of "$SLURMD_NODENAME")")" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
     options+=(--object-store-memory=200000000 --disable-usage-stats --block)
-    trap 'rm -rf "$folder"' EXIT
+    trap 'rm -rf "$(ray_folder)"' EXIT
     trap : TERM
     if ((SLURM_PROCID == 0)); then
-        ray start --head --port="$MASTER_PORT" --include-dashboard=false --temp-dir="$folder" "${options[@]}"
+        ray start --head --port="$MASTER_PORT" --include-dashboard=false --temp-dir="$(ray_folder)" "${options[@]}"
     else
         until (: <"/dev/tcp/${RAY_ADDRESS/:*//}$MASTER_PORT") 2>/dev/null || ((seconds++ > 120)); do sleep 1; done
         ray start --address="$RAY_ADDRESS" "${options[@]}"
@@ -160,5 +163,5 @@ end_ray() {
     # To the step, the only one of the job: a srun that gets the signal itself kills what it has started.
     scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
     wait "$RAY"
-    rm -rf "$RAY_AUTH_TOKEN_PATH"
+    rm -rf "$RAY_AUTH_TOKEN_PATH" "$(ray_folder)"
 }
