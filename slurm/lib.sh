@@ -150,13 +150,15 @@ ray_node() {
     local -a options=(--node-ip-address="$(ip_of "$(address_of "$SLURMD_NODENAME")")" --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
     options+=(--object-store-memory=200000000 --disable-usage-stats --block)
     trap 'rm -rf "$(ray_folder)"' EXIT
-    trap : TERM
     if ((SLURM_PROCID == 0)); then
-        ray start --head --port="$MASTER_PORT" --include-dashboard=false --temp-dir="$(ray_folder)" "${options[@]}"
+        options+=(--head --port="$MASTER_PORT" --include-dashboard=false --temp-dir="$(ray_folder)")
     else
         until (: <"/dev/tcp/${RAY_ADDRESS/:*//}$MASTER_PORT") 2>/dev/null || ((seconds++ > 120)); do sleep 1; done
-        ray start --address="$RAY_ADDRESS" "${options[@]}"
+        options+=(--address="$RAY_ADDRESS")
     fi
+    ray start "${options[@]}" &
+    trap 'kill $!' TERM # ends all that it has started
+    wait $! || wait $! || true
 }
 
 end_ray() {

@@ -192,9 +192,9 @@ def test_a_training_on_two_nodes_goes_on_after_the_signal_and_ends_at_the_same_l
     training = ["--nodes=2", "slurm/train.sbatch", *TINY, "--zero", "1", "--max-steps", "120"]
     name = 'it\'s "two" nodes'
     whole, cut = site.submit(*training), site.submit(*training, "--run-name", name)
-    site.wait(cut, lambda: "step 1/" in site.output(cut), 90)
+    site.wait(cut, lambda: "step 1/" in site.output(cut), 150)
     site.cluster.command("scancel", "--signal=USR1", "--batch", cut)
-    assert [site.end(job, 120) for job in (whole, cut)] == ["COMPLETED", "COMPLETED"], site.output(cut)
+    assert [site.end(job, 180) for job in (whole, cut)] == ["COMPLETED", "COMPLETED"], site.output(cut)
     expected, status = losses(site.jobs / f"train-{whole}" / "mlflow.db")
     resumed, resumed_status = losses(site.jobs / f"train-{cut}" / "mlflow.db")
     assert len(expected) == 120 and resumed == expected
@@ -206,7 +206,7 @@ def test_a_ladder_of_depths_and_its_stores_merged(site: Site, monkeypatch: pytes
     job = site.submit("--array=0-1", "slurm/ladder.sbatch", "14,26", *TINY, "--max-steps", "2", "--engine", "torch")
     tasks = [f"{job}_0", f"{job}_1"]
     for task in tasks:
-        site.wait(task, lambda task=task: site.state(task) == "COMPLETED", 90)
+        site.wait(task, lambda task=task: site.state(task) == "COMPLETED", 180)
     monkeypatch.chdir(site.folder)
     merge.main([str(site.jobs)])
     runs = Reader(f"sqlite:///{site.folder}/mlflow.db").runs("deepscale")
@@ -219,7 +219,7 @@ def test_a_sweep_on_a_ray_cluster_of_both_nodes(site: Site) -> None:
     pytest.importorskip("ray")
     grid = ["--grid", "layerscale_init=0,1", "--trial-cpus", "2"]
     job = site.submit("--nodes=2", "--cpus-per-task=2", "slurm/sweep.sbatch", *grid, *TINY, "--max-steps", "2", "--engine", "torch")
-    assert site.end(job, 150) == "COMPLETED", site.output(job)
+    assert site.end(job, 240) == "COMPLETED", site.output(job)
     assert "sweep: 2 nodes, 4 cores, 0 GPUs" in site.output(job)
     assert re.search(r"^layerscale_init=1 +\d+\.\d\d%$", site.output(job), flags=re.M), site.output(job)
     stores = sorted((site.jobs / f"sweep-{job}").glob("sweep/trials/*/mlflow.db"))
