@@ -36,6 +36,7 @@ def evaluate(
         most = math.ceil(math.ceil(feed.images / world.size) / feed.batch)
         own = feed.epoch()
         for _ in range(most if batches is None else min(batches, most)):
+            world.doing("evaluation")
             images, labels = next(own, None) or (feed.blank(), None)
             logits = engine.forward(images)
             if labels is not None:

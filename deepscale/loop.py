@@ -83,13 +83,18 @@ def train_step(
     """
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     for micro in range(accumulation):
+        world.doing("data")
         images, labels = next(batches)
         last = micro + 1 == accumulation
+        world.doing("forward pass")
         logits = engine.forward(images, last)
         loss = cross_entropy(logits, labels)
+        world.doing("backward pass")
         engine.backward(loss, last)
         totals += sums(logits, loss, labels)
+    world.doing("gradients")
     inspect(world.sum(torch.cat([totals, torch.tensor(wishes, dtype=torch.float64, device=world.device)]) if wishes else totals))
+    world.doing("update")
     engine.step()
     commit_running_statistics(engine.module)
 
@@ -212,6 +217,7 @@ class Fit:
         lr = run.engine.optimizer.param_groups[0]["lr"]
         metrics: dict[str, float] = {}
         seen: list[Tensor] = []
+        run.world.doing.step = self.step + 1
         run.records.begin(self.step + 1)
         accumulation, wishes = run.config.recipe.accumulation, self._wishes()
         train_step(run.engine, remembered(batches, seen), accumulation, run.world, lambda sums: self._inspect(sums, metrics, seen), wishes)

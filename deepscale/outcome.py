@@ -53,6 +53,12 @@ class Recorded:
         """The tracker, open from now on."""
         return self.open()
 
+    def close_failed(self, text: str) -> None:
+        """Closes the record, if there is one, of a run that ends outside this thread."""
+        if "tracker" in vars(self):
+            self.tracker.tags({"outcome": FAILED, "outcome_text": text})
+            self.tracker.finish("FAILED")
+
     def __enter__(self) -> "Recorded":
         return self
 

@@ -42,6 +42,7 @@ class Saving:
 
     def save(self, step: int, accuracy: float | None = None, finished: bool = False) -> None:
         """Saves the state after a step; `accuracy` of validation where it was measured there."""
+        self.saver.world.doing("checkpoint")
         progress, arrays = self.state()
         self.saver.save(step, {"run": self.about(), **progress, "best": self.best, "finished": finished}, arrays, best=accuracy, again=finished)
         self.saved_step, self.saved_at = step, time.monotonic()

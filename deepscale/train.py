@@ -27,6 +27,7 @@ from deepscale import (
     resume,
     stop,
     tracking,
+    watchdog,
     world,
 )
 from deepscale.config import Config
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = world.join(settings.engine)
     loading = tracking.preload() if settings.tracking.tracking and place.is_main else None
     try:
-        with progress.Progress(0, enabled=place.is_main) as screen:
+        with watchdog.watch(place, settings.engine.hang_timeout), progress.Progress(0, enabled=place.is_main) as screen:
             resumed = resume.find(settings, typed, place, screen)
             if resumed is not None and resumed.checkpoint.progress["finished"]:
                 screen.say(
@@ -156,6 +157,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         ),
         lambda error: exhausted(run, error, memory.peak_bytes(place.device)),
     ) as record:
+        place.doing.close = record.close_failed
         model = build_model(settings, info, place)
         engine = build_engine(model, settings, place, run.cpu_adam)
         memory.give_back()  # ZeRO has copied the network's own tensors

@@ -2,7 +2,9 @@
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,23 @@ from deepscale.rendezvous import init_method
 T = TypeVar("T")
 
 
+@dataclass
+class Doing:
+    """What this process is at, for the watchdog's thread: all ranks go through the same phases in the same order, and are counted there.
+
+    `close` closes the run's record with the reason for which it ends.
+    """
+
+    phase: str = "start"
+    step: int = 0
+    count: int = 0
+    close: Callable[[str], None] | None = None
+
+    def __call__(self, phase: str) -> None:
+        self.phase = phase
+        self.count += 1
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place: `rank` of `size` in all, `local_rank` of `local_size` on this machine."""
@@ -26,6 +45,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    doing: Doing = field(default_factory=Doing, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -80,6 +100,8 @@ def join(engine: EngineConfig) -> World:
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
+    # Longer than the watchdog's, which names the rank.
+    patience = timedelta(days=365) if engine.hang_timeout is None else timedelta(seconds=max(1800.0, 120 + 1.5 * engine.hang_timeout))
     if engine.engine == "deepspeed":
         environment.setdefault("DS_ACCELERATOR", kind)
         for name, value in {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}.items():
@@ -93,9 +115,11 @@ def join(engine: EngineConfig) -> World:
         skip_shm_comm()
     try:
         if engine.engine == "deepspeed":
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose, init_method=init_method())
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=engine.verbose, init_method=init_method(), timeout=patience
+            )
         elif size > 1 and not dist.is_initialized():
-            dist.init_process_group(backend, init_method=init_method())
+            dist.init_process_group(backend, init_method=init_method(), timeout=patience)
     except dist.DistNetworkError as error:
         raise _unreachable(error) from None
     return World(rank, size, local_rank, local_size, device)
