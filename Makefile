@@ -1,7 +1,7 @@
 # Everything a user or a machine types most often; `make help` lists it. All of it runs in .venv/, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test soak lint clean
 
 # An active environment of the user's must not leak into this one.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -9,7 +9,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  ARGS='...' adds arguments to train and test; DEEPSCALE_PYTHON=python3.12 chooses the Python of a new .venv/"
+	@echo "  ARGS='...' adds arguments to train, test and soak; DEEPSCALE_PYTHON=python3.12 chooses the Python of a new .venv/"
 
 setup: ## make .venv/ ready: Debian packages where allowed, Python packages, FFCV where it builds
 	@.ci/setup.sh
@@ -19,6 +19,9 @@ train: setup ## train 10,000 layers within 5 minutes (setup before it)
 
 test: setup ## run the tests (setup before it)
 	pytest $(ARGS)
+
+soak: setup ## kill training runs 100 times at random and look for what is lost (some 20 minutes)
+	python tests/soak.py $(ARGS)
 
 lint: setup ## ruff, mypy and shellcheck (setup before it)
 	ruff check .

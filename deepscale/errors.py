@@ -50,6 +50,16 @@ class OutOfMemoryError(DeepscaleError):
     exit_code = 4
 
 
+class LostRankError(DeepscaleError):
+    """Another rank of the run has ended; what it said itself, if anything, stands before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another rank of this run has ended, and it cannot go on without: its process was killed, or its machine is gone. "
+            "Type the same with --resume auto to go on from the last checkpoint"
+        )
+
+
 class Interrupted(KeyboardInterrupt):
     """Somebody asked the run to end (stop.py): the message says who, what was saved, and how to go on."""
 

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 from deepscale.config import IN_SEGMENTS, Config
-from deepscale.errors import NonFiniteError, OutOfMemoryError
+from deepscale.errors import DeepscaleError, LostRankError, NonFiniteError, OutOfMemoryError
 from deepscale.models.convnext import smallest_segment
 from deepscale.tracking import Tracker
 
@@ -38,11 +38,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSED_BY_HOST)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a message between ranks failed because one of them is gone: gloo raises a plain RuntimeError that names its source file."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 class Recorded:
     """A run's record, which `open` makes when it is first asked for; closed with the run's outcome, whatever happens inside `with`.
 
     Bad input that is found before leaves no record. Memory that runs out always leaves one, and is raised as OutOfMemoryError with
-    what `sentence` makes of the error.
+    what `sentence` makes of the error; so does another rank that is gone, as LostRankError.
     """
 
     def __init__(self, open: Callable[[], Tracker], sentence: Callable[[BaseException], str]) -> None:
@@ -64,7 +69,11 @@ class Recorded:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         word = outcome_of(error)
-        failure = OutOfMemoryError(self.sentence(error)) if error is not None and word == OUT_OF_MEMORY else None
+        failure: DeepscaleError | None = None
+        if error is not None and word == OUT_OF_MEMORY:
+            failure = OutOfMemoryError(self.sentence(error))
+        elif error is not None and is_lost_rank(error):
+            failure = LostRankError()
         if failure is not None or "tracker" in vars(self):
             self.tracker.tags({"outcome": word} | ({"outcome_text": str(failure)} if failure else {}))
             self.tracker.finish(STATUS.get(word, "FAILED"))

@@ -21,7 +21,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,12 @@ class Tracker(Protocol):
     def file(self, path: Path) -> None:
         """Stores a file as an artifact; it must stay in place until `finish`."""
 
+    def pending(self) -> list[Op]:
+        """Metrics that are recorded and not yet safe in the store or on a disk, as JSON: a killed process loses them."""
+
+    def again(self, ops: Sequence[Op]) -> None:
+        """Records what was `pending` in another process; what reached the store before is there as it was."""
+
     def finish(self, status: str) -> None:
         """Sends what is left, at most 30 s, and closes the run as FINISHED, FAILED or KILLED. A second call does nothing."""
 
@@ -100,6 +106,13 @@ class NullTracker:
         """Does nothing."""
 
     def file(self, path: Path) -> None:
+        """Does nothing."""
+
+    def pending(self) -> list[Op]:
+        """Nothing."""
+        return []
+
+    def again(self, ops: Sequence[Op]) -> None:
         """Does nothing."""
 
     def finish(self, status: str) -> None:
@@ -179,6 +192,16 @@ class MlflowTracker:
     def file(self, path: Path) -> None:
         """Queues a file artifact."""
         self._writer.put({"op": "file", "path": str(Path(path).absolute())})
+
+    def pending(self) -> list[Op]:
+        """What a killed process would lose."""
+        return self._writer.pending()
+
+    def again(self, ops: Sequence[Op]) -> None:
+        """Queues what was pending in another process; metrics only, since what a file says is not trusted with more."""
+        for op in ops:
+            if op["op"] == "metrics":
+                self._writer.put(op)
 
     def finish(self, status: str) -> None:
         """Closes the run; see `Tracker.finish`."""

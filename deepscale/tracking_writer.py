@@ -136,6 +136,7 @@ class Writer:
         self._closing = threading.Event()
         self._retry_at = 0.0
         self._in_flight: list[Op] = []
+        self._moving = threading.Lock()  # from the queue into flight
         self._thread = threading.Thread(target=self._work, daemon=True, name="deepscale-tracking")
 
     def start(self) -> None:
@@ -150,6 +151,12 @@ class Writer:
             self._queue.put_nowait(op)
         except Full:
             self._keep([op])
+
+    def pending(self) -> list[Op]:
+        """The metrics that were put and are neither sent nor kept in the file yet, as JSON: what a killed process would lose."""
+        with self._moving, self._queue.mutex:
+            ops = [op for op in (*self._in_flight, *self._queue.queue) if op["op"] == "metrics"]
+        return [json.loads(to_line(op)) for op in ops]
 
     def close(self) -> None:
         """Sends what is queued and ends the thread; what is not sent within `FINISH_WAIT_S` is kept in the file."""
@@ -167,22 +174,29 @@ class Writer:
         self._try(lambda: None)
         self.first_attempt.set()
         while not self._closing.wait(LINGER_S):
-            self._send(self._drain())
+            self._send()
         # One last attempt, however recent the failure.
         self._retry_at = 0.0
         was_kept = self.unsent.path is not None
-        last = self._drain()
+        self._take()
         self._try(lambda: self._recover() if was_kept else None)
-        self._send(last)
+        self._send_taken()
 
     def _recover(self) -> None:
         path = self.unsent.path
         if self.unsent.send():
             self._warn(f"tracking: {shown(self.store.uri)} works again; everything kept in {path} was sent")
 
-    def _send(self, ops: list[Op]) -> None:
-        self._in_flight = ops
-        for group in grouped(ops):
+    def _take(self) -> None:
+        with self._moving:
+            self._in_flight = self._drain()
+
+    def _send(self) -> None:
+        self._take()
+        self._send_taken()
+
+    def _send_taken(self) -> None:
+        for group in grouped(self._in_flight):
             if not self._try(lambda group=group: self.store.send(group)):  # type: ignore[misc]
                 self._keep(group)
             self._in_flight = self._in_flight[len(group) :]

@@ -36,6 +36,7 @@ from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
+from deepscale.folder_lock import locked
 from deepscale.machine import measure_machine
 from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.models.initial import seed_of
@@ -43,6 +44,7 @@ from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
 from deepscale.resume import Resumed
 from deepscale.saving import Saving
+from deepscale.tracking import Tracker
 
 LEAVE_S = 60.0  # for a checkpoint that is being written when the run ends
 
@@ -60,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = world.join(settings.engine)
     loading = tracking.preload() if settings.tracking.tracking and place.is_main else None
     try:
-        with watchdog.watch(place, settings.engine.hang_timeout), progress.Progress(0, enabled=place.is_main) as screen:
+        with (
+            watchdog.watch(place, settings.engine.hang_timeout),
+            locked(settings.checkpoint.checkpoint_dir, place),
+            progress.Progress(0, enabled=place.is_main) as screen,
+        ):
             resumed = resume.find(settings, typed, place, screen)
             if resumed is not None and resumed.checkpoint.progress["finished"]:
                 screen.say(
@@ -164,11 +170,12 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         tracker = record.tracker
         tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
         records = Records(model, engine, settings, tracker, screen)
-        saving = build_saving(run, model, engine, screen, lambda: {**resume.described(name, folder, run.feeds, place), "run_id": tracker.run_id})
+        saving = build_saving(run, model, engine, screen, lambda: about_run(run, name, folder, tracker))
         fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
         if resumed is not None:
             checkpoints.restore(resumed.checkpoint, model, engine, place, screen.say)
             fit.load(resumed.checkpoint.progress, resumed.checkpoint.arrays())
+            tracker.again(resumed.run.get("pending", []))
             screen.say(f"going on after step {fit.step:,}, from {resumed.checkpoint.path}")
         try:
             result = fit()
@@ -190,6 +197,11 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
                 saving.save(result.steps, result.validation["accuracy"], finished=True)
             saving.saver.close()
     return rows, tracker.view_command()
+
+
+def about_run(run: Prepared, name: str, folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """What the run wants to find again in a checkpoint."""
+    return {**resume.described(name, folder, run.feeds, run.place), "run_id": tracker.run_id, "pending": tracker.pending()}
 
 
 def build_saving(run: Prepared, model: ConvNeXt, engine: Engine, screen: progress.Progress, about: Callable[[], dict[str, Any]]) -> Saving | None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -83,32 +83,44 @@ class Watchdog:
         self.number = 0
         now = time.monotonic()
         self.seen = [Seen(now, now) for _ in range(world.size)]
+        self.reached = now  # when the store last answered
+        self.over: list[int] | None = None  # whom another rank blames, that ends the run
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._work, daemon=True, name="deepscale-watchdog")
-        self.thread.start()
+        self.talker = self._start(self._talk)
+        self._start(self._judge)
 
     def end(self, how: str) -> None:
         """Leaves: the others no longer wait for a rank that has `ENDED`."""
         self.ended.set()
-        self.thread.join(self.interval_s)
-        if not self.thread.is_alive():
+        self.talker.join(self.interval_s)
+        if not self.talker.is_alive():
             with suppress(Exception):
                 self._beat(how)
 
-    def _work(self) -> None:
-        own = self.world.rank
+    @staticmethod
+    def _start(work: Callable[..., object], *arguments: object) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, daemon=True, name="deepscale-watchdog")
+        thread.start()
+        return thread
+
+    def _talk(self) -> None:
+        """Beats and looks. Whatever the store raises whose process is stopped or gone, or for however long it does not answer."""
         while not self.ended.wait(self.interval_s):
-            asleep = time.monotonic() - self.seen[own].heard > self.limit_s  # this process was stopped, and the others have given it up
-            reached, found = False, None
-            with suppress(Exception):  # whatever a store raises whose process is stopped or gone: its rank is not heard of then
+            with suppress(Exception):
                 self._beat(self.world.doing.phase)
                 self._look()
-                reached = True
-                found = json.loads(self._connected().get(OVER)) if self._connected().check([OVER]) else None
-            begun = all(seen.beat.get("step") for seen in self.seen)
+                self.reached = time.monotonic()
+
+    def _judge(self) -> None:
+        own, last = self.world.rank, time.monotonic()
+        while not self.ended.wait(self.interval_s):
+            now = time.monotonic()
+            asleep, last = now - last > self.limit_s, now  # this process was stopped, and the others have given it up
+            begun = max(seen.beat.get("step", 0) for seen in self.seen) > 1  # a second step needs all ranks' first
             self.limit_s = self.timeout_s if begun else max(self.timeout_s, PREPARATION_S)
+            found = [own] if asleep else self.over
             if found is None:
-                found = [own] if asleep else blame(self.seen, own, time.monotonic(), self.limit_s, reached)
+                found = blame(self.seen, own, now, self.limit_s, now - self.reached < self.limit_s / 2)
             if found is not None and not self.ended.is_set():
                 self._stop(found)
 
@@ -126,6 +138,8 @@ class Watchdog:
         texts = store.multi_get([f"{KEY}{rank}" for rank in known])
         for rank, text in zip(known, texts, strict=True):
             self.seen[rank].take(json.loads(text), time.monotonic())
+        if store.check([OVER]):
+            self.over = json.loads(store.get(OVER))
 
     def _connected(self) -> Store:
         """A connection of its own: the process group's is in use while the main thread waits for something there."""
@@ -141,27 +155,27 @@ class Watchdog:
 
     def _stop(self, blamed: list[int]) -> None:
         """Ends this process. One rank says why; rank 0 closes the record, if it can, and the others give it the time."""
-        now, silent = time.monotonic(), [rank for rank in blamed if self._is_silent(rank)]
-        with suppress(Exception):
-            self._connected().set(OVER, json.dumps(blamed))
+        now = time.monotonic()
+        silent = [rank for rank in blamed if is_silent(self.seen[rank], now, self.limit_s)]
         text = sentence(self.seen, blamed, silent, now, self.limit_s)
+        self._within(2.0, lambda: self._connected().set(OVER, json.dumps(blamed)))
         if self.world.rank == min(set(range(self.world.size)) - set(blamed), default=0):
             print(f"deepscale: {text}", file=sys.stderr, flush=True)
         if self.world.is_main:
-            closing = threading.Thread(target=self.world.doing.close or str, args=(text,), daemon=True)
-            closing.start()
-            closing.join(CLOSE_S)
-        with suppress(Exception):
-            if self.world.is_main:
-                self._connected().set(CLOSED, "")
-                time.sleep(1.0)  # the store ends with this process: a moment for the others to see it
-            elif 0 not in silent:
-                self._connected().wait([CLOSED], timedelta(seconds=CLOSE_S))
+            self._within(CLOSE_S, lambda: (self.world.doing.close or str)(text))
+            self._within(2.0, lambda: self._connected().set(CLOSED, ""))
+            time.sleep(1.0)  # the store ends with this process: a moment for the others to see it
+        elif 0 not in silent:
+            self._within(CLOSE_S, lambda: self._connected().wait([CLOSED], timedelta(seconds=CLOSE_S)))
         self._wake(silent)
         os._exit(EXIT_CODE)
 
-    def _is_silent(self, rank: int) -> bool:
-        return is_silent(self.seen[rank], time.monotonic(), self.limit_s)
+    def _within(self, limit_s: float, action: Callable[[], object]) -> None:
+        def attempt() -> None:
+            with suppress(Exception):
+                action()
+
+        self._start(attempt).join(limit_s)
 
     def _wake(self, ranks: Sequence[int]) -> None:
         """Lets stopped processes of this machine go on, to find that the run is over: no signal but SIGKILL ends a stopped process."""

@@ -24,6 +24,12 @@ TINY = [
 ]  # fmt: skip
 
 
+def clean_environment() -> dict[str, str]:
+    """Of a run on the CPU with one thread, without what a job or a user may have set."""
+    clean = {name: value for name, value in os.environ.items() if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)}
+    return clean | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
 class Job:
     """One run: `ranks` processes of `deepscale/train.py`, or with `launcher` what `deepspeed --num_gpus ranks` makes of it."""
 
@@ -32,9 +38,8 @@ class Job:
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.log = folder / f"log-{self.mark[:8]}"
-        clean = {name: value for name, value in os.environ.items() if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)}
         port = str(free_port())
-        clean |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        clean = clean_environment() | {MARK: self.mark}
         clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}", **(environment or {})}
         if launcher:
             commands = [["deepspeed", "--num_gpus", str(ranks), "--master_port", port, script, *arguments]]
