@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSED_BY_HOST)
 
 
-def is_lost_rank(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException | None) -> bool:
     """Whether a message between ranks failed because one of them is gone: gloo raises a plain RuntimeError that names its source file."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 

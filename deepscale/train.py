@@ -46,7 +46,7 @@ from deepscale.resume import Resumed
 from deepscale.saving import Saving
 from deepscale.tracking import Tracker
 
-LEAVE_S = 60.0  # for a checkpoint that is being written when the run ends
+LEAVE_S, LOST_S = 60.0, 2.0  # for a checkpoint that is being written when the run ends, and when a rank is gone
 
 
 @errors.command
@@ -181,8 +181,8 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
             result = fit()
         finally:  # also of a run that stopped: there they are wanted most
             flow_rows = records.keep(folder, name, parameters) if place.is_main else {}
-            if saving is not None:
-                saving.saver.leave(LEAVE_S)
+            if saving is not None:  # a rank that is gone writes no part of it any more
+                saving.saver.leave(LOST_S if outcome.is_lost_rank(sys.exc_info()[1]) else LEAVE_S)
         if settings.checkpoint.checkpoint_dir:
             state = checkpoints.gathered_state(model, engine)
             if place.is_main:

@@ -1,23 +1,22 @@
-"""Training runs as processes that a test can hurt: started rank by rank or by DeepSpeed's launcher, found again by a mark in their environment.
+"""Training runs as processes that can be hurt: forked from one that has imported everything (warm.py), so that a start costs little.
 
 Not a test: test_faults.py and soak.py use it.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from conftest import FOREIGN, FOREIGN_PREFIXES, REPOSITORY, free_port
 
-MARK = "DEEPSCALE_TEST_JOB"
-TRAIN = str(REPOSITORY / "deepscale" / "train.py")
 TINY = [
     "--dataset", "synthetic", "--feed", "tensors", "--depth", "14", "--width", "4", "--patch-size", "4", "--batch-size", "16", "--eval-images", "40",
     "--threads", "1", "--device", "cpu", "--kernel", "torch",
@@ -30,37 +29,114 @@ def clean_environment() -> dict[str, str]:
     return clean | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-class Job:
-    """One run: `ranks` processes of `deepscale/train.py`, or with `launcher` what `deepspeed --num_gpus ranks` makes of it."""
+class Server:
+    """A process that forks trainings (warm.py)."""
 
-    def __init__(
-        self, folder: Path, *arguments: str, ranks: int = 1, launcher: bool = False, script: str = TRAIN, environment: dict[str, str] | None = None
-    ) -> None:
-        self.mark = uuid.uuid4().hex
-        self.log = folder / f"log-{self.mark[:8]}"
-        port = str(free_port())
-        clean = clean_environment() | {MARK: self.mark}
-        clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}", **(environment or {})}
-        if launcher:
-            commands = [["deepspeed", "--num_gpus", str(ranks), "--master_port", port, script, *arguments]]
-            own: list[dict[str, str]] = [{}]
-        else:
-            commands = [[sys.executable, script, *arguments]] * ranks
-            place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            own = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        with self.log.open("w") as output:
-            self.processes = [
-                subprocess.Popen(
-                    command, cwd=folder, env=clean | more, start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-                )
-                for command, more in zip(commands, own, strict=True)
-            ]
+    def __init__(self) -> None:
+        script = str(REPOSITORY / "tests" / "warm.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script], env=clean_environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.codes: dict[int, int] = {}
+        self.started: list[int] = []
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def __enter__(self) -> "Job":
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said = json.loads(line) if line.startswith("{") else {}
+            if "ended" in said:
+                self.codes[said["ended"]] = said["code"]
+            elif "started" in said:
+                self.started.append(said["started"])
+
+    def fork(self, job: dict[str, Any]) -> int:
+        """Starts a training; its process."""
+        assert self.process.stdin is not None
+        before = len(self.started)
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        while len(self.started) == before:
+            assert self.process.poll() is None, "warm.py has ended"
+            time.sleep(0.001)
+        return self.started[-1]
+
+    def close(self) -> None:
+        """Ends the server."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+    def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.kill()
+        self.close()
+
+
+class Started:
+    """One start of a run: its ranks, whose sessions tell their descendants."""
+
+    def __init__(
+        self, server: Server, folder: Path, arguments: Sequence[str], ranks: int = 1, environment: dict[str, str] | None = None, script: str = ""
+    ) -> None:
+        self.server, self.folder, self.begin = server, folder, time.monotonic()
+        self.log = folder / f"log-{time.time_ns()}"
+        self.log.touch()
+        self.phases = [folder / f"phase-{rank}" for rank in range(ranks)]
+        for phase in self.phases:
+            phase.unlink(missing_ok=True)
+        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.ranks = []
+        for rank, phase in enumerate(self.phases):
+            variables = clean_environment() | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {})
+            job = {
+                "arguments": list(arguments),
+                "environment": variables,
+                "script": script,
+                "folder": str(folder),
+                "log": str(self.log),
+                "phase": str(phase),
+            }
+            self.ranks.append(server.fork(job))
+
+    def at(self) -> tuple[int, str]:
+        """(step, phase) of rank 0; (0, "start") before there is one."""
+        try:
+            step, phase = self.phases[0].read_text().strip().split(" ", 1)
+        except (OSError, ValueError):
+            return 0, "start"
+        return int(step), {"checkpoint": "checkpoint", "evaluation": "evaluation"}.get(phase, "step")
+
+    def ended(self) -> bool:
+        """Whether every rank has."""
+        return all(rank in self.server.codes for rank in self.ranks)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether every rank ends within this time."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ended():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def codes(self) -> list[int | None]:
+        """Exit codes, below 0 for a signal."""
+        return [self.server.codes.get(rank) for rank in self.ranks]
+
+    def alive(self) -> list[int]:
+        """Living processes of the ranks' sessions: themselves, and whatever they started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                except OSError:
+                    continue
+                if int(session) in self.ranks and state != "Z":
+                    found.append(int(entry.name))
+        return found
 
     def text(self) -> str:
         """What the run has printed so far."""
@@ -70,59 +146,34 @@ class Job:
         """The lines that begin so."""
         return [line for line in self.text().splitlines() if line.startswith(start)]
 
-    def alive(self) -> dict[int, str]:
-        """The living processes of the run, whoever started them: number -> RANK, "" for what is no rank. Zombies are not alive."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):  # ended meanwhile, or another user's
-                    variables = dict(part.partition("=")[::2] for part in (entry / "environ").read_text(errors="replace").split("\0"))
-                    if variables.get(MARK) == self.mark and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                        found[int(entry.name)] = variables.get("RANK", "")
-        return found
-
-    def rank(self, number: int) -> int:
-        """The process of a rank."""
-        return next(process for process, rank in self.alive().items() if rank == str(number))
-
-    def until(self, reached: Callable[[], Any], timeout_s: float = 120.0) -> None:
-        """Waits until something is so."""
+    def until_said(self, words: str, times: int = 1, timeout_s: float = 120.0) -> None:
+        """Waits until the run has printed something so often."""
         deadline = time.monotonic() + timeout_s
-        while not reached():
-            assert any(process.poll() is None for process in self.processes), f"the run ended:\n{self.text()}"
+        while self.text().count(words) < times:
+            assert not self.ended(), f"the run ended:\n{self.text()}"
             assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s:\n{self.text()}"
-            time.sleep(0.02)
-
-    def until_said(self, words: str, timeout_s: float = 120.0) -> None:
-        """Waits until the run has printed something."""
-        self.until(lambda: words in self.text(), timeout_s)
+            time.sleep(0.01)
 
     def send(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
-        """A signal to these ranks, or to all processes of the run."""
-        for process, rank in self.alive().items():
-            if ranks is None or rank in map(str, ranks):
-                with suppress(ProcessLookupError):
-                    os.kill(process, number)
+        """A signal to these ranks, or to all."""
+        for rank, process in enumerate(self.ranks):
+            if (ranks is None or rank in ranks) and process not in self.server.codes:
+                os.kill(process, number)
 
-    def end(self, timeout_s: float = 120.0) -> list[int]:
-        """Waits for the end; the exit codes of what was started, below 0 for a signal."""
-        deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise AssertionError(f"the run did not end within {timeout_s:.0f} s:\n{self.text()}") from None
-        return [process.returncode for process in self.processes]
-
-    def orphans(self, patience_s: float = 5.0) -> dict[int, str]:
-        """What is alive though the run has ended, after some patience."""
-        deadline = time.monotonic() + patience_s
-        while (left := self.alive()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return left
+    def end(self, timeout_s: float = 120.0) -> list[int | None]:
+        """Waits for the end; the exit codes. Nothing may be left."""
+        assert self.wait(timeout_s), f"the run did not end within {timeout_s:.0f} s:\n{self.text()}"
+        assert self.alive() == [], "processes are left"
+        return self.codes()
 
     def kill(self) -> None:
         """Ends everything that is left."""
-        self.send(signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        for process in self.alive():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()

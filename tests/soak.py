@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import clean_environment, free_port
+from jobs import Server, Started
 
 from deepscale import checkpoints, tracking_store
 from deepscale.files import atomic
@@ -45,104 +44,10 @@ END_S = 90.0  # for the processes that were not killed to end in
 Curves = dict[str, dict[int, float]]
 
 
-class Server:
-    """A process that forks trainings (warm.py)."""
-
-    def __init__(self) -> None:
-        script = str(Path(__file__).with_name("warm.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, script], env=clean_environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        self.codes: dict[int, int] = {}
-        self.started: list[int] = []
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            said = json.loads(line) if line.startswith("{") else {}
-            if "ended" in said:
-                self.codes[said["ended"]] = said["code"]
-            elif "started" in said:
-                self.started.append(said["started"])
-
-    def fork(self, job: dict[str, Any]) -> int:
-        """Starts a training; its process."""
-        assert self.process.stdin is not None
-        before = len(self.started)
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        while len(self.started) == before:
-            assert self.process.poll() is None, "warm.py has ended"
-            time.sleep(0.001)
-        return self.started[-1]
-
-    def close(self) -> None:
-        """Ends the server."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-
-
-class Started:
-    """One start of a run: its ranks, whose sessions tell their descendants."""
-
-    def __init__(self, server: Server, folder: Path, arguments: Sequence[str], ranks: int) -> None:
-        self.server, self.folder, self.begin = server, folder, time.monotonic()
-        self.log = folder / f"log-{time.time_ns()}"
-        self.log.touch()
-        self.phases = [folder / f"phase-{rank}" for rank in range(ranks)]
-        for phase in self.phases:
-            phase.unlink(missing_ok=True)
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.ranks = []
-        for rank, phase in enumerate(self.phases):
-            environment = clean_environment() | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            job = {"arguments": list(arguments), "environment": environment, "folder": str(folder), "log": str(self.log), "phase": str(phase)}
-            self.ranks.append(server.fork(job))
-
-    def at(self) -> tuple[int, str]:
-        """(step, phase) of rank 0; (0, "start") before there is one."""
-        try:
-            step, phase = self.phases[0].read_text().strip().split(" ", 1)
-        except (OSError, ValueError):
-            return 0, "start"
-        return int(step), {"checkpoint": "checkpoint", "evaluation": "evaluation"}.get(phase, "step")
-
-    def ended(self) -> bool:
-        """Whether every rank has."""
-        return all(rank in self.server.codes for rank in self.ranks)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether every rank ends within this time."""
-        deadline = time.monotonic() + timeout_s
-        while not self.ended():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.005)
-        return True
-
-    def codes(self) -> list[int | None]:
-        """Exit codes, below 0 for a signal."""
-        return [self.server.codes.get(rank) for rank in self.ranks]
-
-    def alive(self) -> list[int]:
-        """Living processes of the ranks' sessions: themselves, and whatever they started."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                except OSError:
-                    continue
-                if int(session) in self.ranks and state != "Z":
-                    found.append(int(entry.name))
-        return found
-
-    def reached(self, aim: str) -> bool:
-        """Whether rank 0 is where the kill is aimed at."""
-        step, phase = self.at()
-        return step == STEPS and phase == "evaluation" if aim == "end" else phase == aim
+def reached(started: Started, aim: str) -> bool:
+    """Whether rank 0 is where the kill is aimed at."""
+    step, phase = started.at()
+    return step == STEPS and phase == "evaluation" if aim == "end" else phase == aim
 
 
 def saved(folder: Path) -> int:
@@ -243,7 +148,7 @@ class Kind:
             time.sleep(delay_s * self.seconds / 2)
         else:
             after = delay_s * STEPS  # the first time after this step
-            while not started.ended() and not (started.at()[0] >= min(after, STEPS - EVERY - 2) and started.reached(aim)):
+            while not started.ended() and not (started.at()[0] >= min(after, STEPS - EVERY - 2) and reached(started, aim)):
                 time.sleep(0.0005)
             time.sleep(0.02 * self.dice.random() if aim != "end" else 0.5 * self.dice.random())
         return not started.ended()

@@ -1,12 +1,14 @@
 """A process that has imported everything and forks trainings, so that a soak of hundreds of starts is not spent on imports.
 
-Reads one JSON object a line, {"arguments", "environment", "folder", "log", "phase"}; writes {"started": pid} for it, and {"ended": pid, "code"}
-when that process has ended (below 0: by a signal). A training is a session of its own, and keeps what it is doing in the file `phase`.
+Reads one JSON object a line, {"arguments", "environment", "folder", "log", "phase", "script"} (to run instead of the training, "" for none);
+writes {"started": pid} for it, and {"ended": pid, "code"} when that process has ended (below 0: by a signal). A training is a session of its own,
+and keeps what it is doing in the file `phase`.
 """
 
 import json
 import mmap
 import os
+import runpy
 import select
 import sys
 from typing import Any, NoReturn
@@ -51,7 +53,11 @@ def become(job: dict[str, Any]) -> NoReturn:
     for number, flags, path in ((0, os.O_RDONLY, os.devnull), (1, os.O_WRONLY | os.O_APPEND, job["log"]), (2, os.O_WRONLY | os.O_APPEND, job["log"])):
         os.dup2(os.open(path, flags), number)
     show_phases(job["phase"])
-    train.main(job["arguments"])
+    if job["script"]:
+        sys.argv = [job["script"], *job["arguments"]]
+        runpy.run_path(job["script"], run_name="__main__")
+    else:
+        train.main(job["arguments"])
     sys.exit(0)
 
 
