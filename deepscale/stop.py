@@ -46,6 +46,11 @@ class Stop:
         """From now on signals wait for the end of the step, at most `patience_s` seconds."""
         self.deferred, self.patience_s = True, patience_s
 
+    def ignore(self) -> None:
+        """From now on schedulers are not answered: all is done, and Python would end by the signal while it clears up."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     def wish(self) -> int:
         """The exit code that this rank wishes for, 0 for none."""
         if not self.code and self.launcher is not None and _launcher() != self.launcher:

@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prepared = prepare(settings, place, screen, loading, resumed)
             preload(prepared.plan.config)
             rows, view = train(prepared, screen, asked_to_end)
+            asked_to_end.ignore()
         if place.is_main:
             progress.show_summary(rows | ({"show": view} if view else {}), "summary")
     except errors.Interrupted:

@@ -56,12 +56,13 @@ def saved(folder: Path) -> int:
 
 
 def curves(folder: Path) -> Curves:
-    """The curves of the one run in a folder's database: step -> value."""
+    """The curves of the newest run in a folder's database: step -> value. One that was killed before its first checkpoint is begun anew."""
     tracking_store.import_mlflow()
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    run = client.search_runs(experiments, order_by=["attributes.start_time DESC"])[0]
     return {name: {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)} for name in CURVES}
 
 
@@ -193,6 +194,28 @@ def soak(kills: int, kinds: Sequence[tuple[int, str]], chains: int, seed: int, w
             yield row
 
 
+def table(written: dict[str, Any]) -> str:
+    """A finished soak in Markdown: a row per kind of run."""
+    kills = [row for row in written["rows"] if row["event"] == "kill"]
+    lines = [
+        "| run | kills | SIGKILL, SIGTERM, SIGUSR1 | start, step, checkpoint, evaluation, end "
+        "| most steps lost | longest end, s | finished, equal | problems |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks, engine in sorted({(row["ranks"], row["engine"]) for row in kills}, key=lambda kind: (list(ENGINES).index(kind[1]), kind[0])):
+        rows = [row for row in written["rows"] if (row.get("ranks"), row.get("engine")) == (ranks, engine)]
+        own = [row for row in rows if row["event"] == "kill"]
+        by = Counter(row["signal"] for row in own) + Counter(row["during"] for row in own)
+        signals, phases = (", ".join(str(by[name]) for name in names) for names in (("SIGKILL", "SIGTERM", "SIGUSR1"), AIMS))
+        finished = [row for row in rows if row["event"] == "finished"]
+        most, longest = max(row["lost"] for row in own), max(row["end_s"] for row in own)
+        cells = [f"{engine}, {ranks} rank{'s' if ranks > 1 else ''}", len(own), signals, phases, most, f"{longest:.1f}", len(finished)]
+        lines.append("| " + " | ".join(map(str, [*cells, sum(not row["ok"] for row in rows)])) + " |")
+    bad = sum(not row["ok"] for row in written["rows"])
+    end = f"{len(kills)} kills in {written['seconds'] / 60:.0f} minutes, seed {written['seed']}; {bad} rows with a problem."
+    return "\n".join([*lines, "", end]) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 where anything was lost, left or different."""
     parser = argparse.ArgumentParser(description="Kills runs at random, and looks for what is lost.")
@@ -201,7 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=None, help="such as 1:torch 2:3 (ranks, and torch or the ZeRO stage); default: all ten")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "docs" / "results" / "soak.json")
+    parser.add_argument("--table", action="store_true", help="kill nothing, and print what the JSON holds as a table")
     given = parser.parse_args(arguments)
+    if given.table:
+        print(table(json.loads(given.json.read_text())), end="")
+        return 0
     kinds = [(ranks, engine) for engine in ENGINES for ranks in (1, 2)]
     if given.kinds:
         pairs = [kind.split(":") for kind in given.kinds]
