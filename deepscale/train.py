@@ -269,8 +269,8 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
 
 def run_name(asked: Config, but: Collection[str] = ()) -> str:
     """A name from the depth and what was chosen by hand, `but` some settings."""
-    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", "hang_timeout", *but}
-    hidden |= {f.name for f in dataclasses.fields(config.CheckpointConfig)}
+    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", *but}
+    hidden |= {"hang_timeout", "download"} | {f.name for f in dataclasses.fields(config.CheckpointConfig)}
     parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
     return " ".join([f"convnext-{asked.model.built_depth}", *parts])
 
