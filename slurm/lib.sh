@@ -29,7 +29,10 @@ begin_job() {
     JOB=$(cd "$JOB" && pwd)
     export JOB DEEPSCALE_OPS_DIR=${DEEPSCALE_OPS_DIR:-$DEEPSCALE_SHARED/ops}
     export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$JOB/mlflow.db}
-    MASTER_ADDR=$(address_of "$(hosts | head -n 1)") && export MASTER_ADDR
+    # One node's ranks meet on the loopback interface, where nobody else listens.
+    MASTER_ADDR=127.0.0.1
+    ((SLURM_JOB_NUM_NODES == 1)) || MASTER_ADDR=$(address_of "$(hosts | head -n 1)")
+    export MASTER_ADDR
     # Below the ports that the system gives away by itself; 20 for each job, so that two on a node do not meet.
     export MASTER_PORT=$((20000 + SLURM_JOB_ID % 500 * 20))
     GPUS=${SLURM_GPUS_ON_NODE:-0}
@@ -128,7 +131,7 @@ train() {
 # begin_ray: a Ray cluster of the job's own on its nodes, which ends with the script. Who has no token cannot talk to it.
 begin_ray() {
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB/ray-token RAY_ADDRESS
-    RAY_ADDRESS=$(ip_of "$MASTER_ADDR"):$MASTER_PORT
+    RAY_ADDRESS=$(ip_of "$(address_of "$(hosts | head -n 1)")"):$MASTER_PORT
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
     # shellcheck disable=SC2016
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --overlap \

@@ -24,7 +24,6 @@ from deepscale.tracking_store import import_mlflow
 
 ACCURACY = "val/accuracy"
 NODES_WAIT_S = 180.0
-INTERRUPTED = 75
 # Whatever ends Ray's worker asks the training to stop, which then keeps a checkpoint.
 END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a trial is a world of its own
@@ -71,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {label: f"{ended[label]:.2%}" if label in ended else errors_of.get(label, "not ended") for label in results},
         f"{given.name}: validation accuracy",
     )
-    failed = [text for text in errors_of.values() if f"exit code {INTERRUPTED}" not in text]
+    failed = [text for text in errors_of.values() if f"exit code {errors.AGAIN}" not in text]
     if failed:
         raise errors.DeepscaleError(f"{len(failed):,} of {len(combinations):,} trainings failed; type the same again to try only these once more")
     if len(ended) < len(combinations):
-        raise SystemExit(INTERRUPTED)
+        raise SystemExit(errors.AGAIN)
 
 
 def trial(settings: dict[str, Any], fixed: dict[str, Any]) -> None:
