@@ -21,10 +21,9 @@ from engine_worker import BATCH, CLASSES, global_batch, micro_batches
 
 from deepscale import ops, world
 from deepscale.activations import policy_of
-from deepscale.checkpoints import Saver, find, gathered_state, open_checkpoint, restore, saving
+from deepscale.checkpoints import Saver, find, gathered_state, open_checkpoint, restore, tensor_file, writing
 from deepscale.config import Config, EngineConfig
 from deepscale.engine import build_engine, hush
-from deepscale.errors import UsageError
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt
 from deepscale.optim import build_schedule
@@ -94,19 +93,19 @@ def run(case: dict[str, Any], place: world.World) -> dict[str, Any]:
 def fail_once(how: str, place: world.World) -> None:
     """The last rank's next file meets a full disk; "silently": the note that says so does, too."""
     if place.rank + 1 == place.size:
-        write, note = saving.tensor_file.write, saving._write_json
+        write, note = tensor_file.write, writing.Writer._say_part
 
         def full(*arguments: Any) -> Any:
-            saving.tensor_file.write = write
+            tensor_file.write = write
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the file")
 
         def silent(*arguments: Any) -> Any:
-            saving._write_json = note
-            raise UsageError("the disk is full")
+            writing.Writer._say_part = note
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the note")
 
-        saving.tensor_file.write = full
+        tensor_file.write = full
         if how == "silently":
-            saving._write_json = silent
+            writing.Writer._say_part = silent
 
 
 def damaged_and_found(folder: Path, place: world.World) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from deepscale.checkpoints import Saver, find, open_checkpoint, restore, saving, stored, tensor_file
+from deepscale.checkpoints import Saver, find, open_checkpoint, restore, saving, stored, tensor_file, writing
 from deepscale.checkpoints.tensor_file import TensorFile
 from deepscale.config import Config
 from deepscale.engine import build_engine
@@ -349,11 +349,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> Non
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(saving, name, fail)
+    monkeypatch.setattr(tensor_file if name == "_blocks" else writing, name, fail)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("where", ["sync", "_checked", "signature"])
+@pytest.mark.parametrize("where", ["sync", "_blocks", "signature"])
 def test_a_save_that_fails_is_a_warning_and_the_last_good_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, where: str
 ) -> None:
@@ -381,7 +381,14 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
 
 def test_what_is_written_wrongly_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Training(tmp_path).step()
-    monkeypatch.setattr(tensor_file, "write", lambda path, tensors, metadata: (path.write_bytes(b"other"), tensor_file.Written(5, "0"))[1])
+    blocks, calls = tensor_file._blocks, []
+
+    def other_when_read_back(*arguments: Any) -> Any:
+        calls.append(arguments)
+        for block in blocks(*arguments):
+            yield block if len(calls) == 1 else bytes(len(block))
+
+    monkeypatch.setattr(tensor_file, "_blocks", other_when_read_back)
     run.save()
     assert names(tmp_path) == [] and "reads back otherwise than it was written" in run.warned[0]
 
@@ -417,3 +424,25 @@ def test_saving_is_asynchronous_where_the_copy_fits(tmp_path: Path, monkeypatch:
     assert run.saver.asynchronous is (free > 1_000_000)
     run.saver.close()
     assert any("does not fit beside it" in line for line in run.said) is (free < 1_000_000)
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_puts_later_checkpoints_aside(tmp_path: Path) -> None:
+    """They would count among the last that are kept, and be found before its own."""
+    run = Training(tmp_path, keep=2)
+    for _ in range(4):
+        run.step().save()
+    again = Training(tmp_path, keep=2).step()
+    path = again.save(best=0.5)
+    assert len(again.warned) == 2 and "is of a later step than this run has reached" in again.warned[0]
+    assert [name for name in names(tmp_path) if not name.startswith("aside-step-")] == ["best.json", "step-00000001"]
+    found = find(tmp_path, again.warned.append)
+    assert found is not None and found.path == path and len(names(tmp_path)) == 4
+
+
+def test_what_cannot_be_removed_is_a_warning_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Training(tmp_path, keep=1).step()
+    run.save()
+    failing(monkeypatch, "_remove", OSError(13, "Permission denied", "there"))
+    path = run.step().save()
+    assert run.warned == [f"older checkpoints were not removed: there: Permission denied; training goes on, the last good one is {path}"]
+    assert open_checkpoint(path).step == 2

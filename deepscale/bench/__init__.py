@@ -32,6 +32,7 @@ BENCHES = {
     "scaling": "strong and weak scaling over ranks and ZeRO stages: speed, bytes sent, memory, communication",
     "gradflow": "what recording the gradient of every layer costs",
     "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
+    "checkpoint": "saving a checkpoint of 10,001 layers beside writing as many bytes, the wait of an asynchronous save, and resuming",
     "zero3": "ZeRO-3 at 10,001 layers: start, step and memory beside the other stages, and what two ranks gather at once",
     "plan": "memory and seconds as planned against as measured, over many configurations",
     "gpu": "one GPU: is it right, how long is a step, how much memory, at 26 to 10,001 layers and widths 64 to 512",

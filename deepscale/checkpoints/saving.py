@@ -1,9 +1,4 @@
-"""Writing checkpoints: complete and verified, or not at all.
-
-Every rank writes its own file and says in a small one (`part-0.json`) what it wrote, or that it failed; rank 0 waits for all of these,
-writes the manifest, renames. So threads need no collective. A rank that could not even say so, on a full disk, says it at the
-next save, where the ranks tell each other how the last one went.
-"""
+"""Saving a run's state between two steps: what each rank holds, copied for a thread that writes it, or written at once (writing.py)."""
 
 import json
 import platform
@@ -13,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,20 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deepscale import config, machine
-from deepscale.checkpoints import tensor_file, weights
+from deepscale.checkpoints import weights
 from deepscale.checkpoints.restoring import buffers_of, shape_of
-from deepscale.checkpoints.stored import ARRAYS, FORMAT, KINDS, MANIFEST, checkpoints_in, rank_file, signature, step_name
+from deepscale.checkpoints.stored import FORMAT, KINDS, step_name
+from deepscale.checkpoints.writing import Saving, Writer
 from deepscale.config import Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
 from deepscale.engine_states import steps_of
-from deepscale.errors import UsageError
-from deepscale.files import atomic, sync
 from deepscale.world import World
 
-BEST = "best.json"
-POLL_S = 0.02
-VISIBLE_S = 60.0  # a network file system shows a file to other nodes within this time
 COPY_SHARE = 0.5  # of the free host memory that an asynchronous save may take for its copy
 PACKAGES = ("deepscale", "torch", "deepspeed", "numpy")
 
@@ -45,24 +35,6 @@ PACKAGES = ("deepscale", "torch", "deepspeed", "numpy")
 def about(asked: Config, settings: Config, info: DatasetInfo) -> dict[str, Any]:
     """What a manifest says of the run: "network" (what rebuilds it), "asked" and "settings" (flat settings, before and after planning)."""
     return {"network": weights.described(settings, info), "asked": config.as_json(asked), "settings": config.as_json(settings)}
-
-
-@dataclass
-class Saving:
-    """One checkpoint on its way."""
-
-    step: int
-    folder: Path  # the temporary one
-    manifest: dict[str, Any]
-    tensors: dict[str, Tensor]
-    starts: dict[str, int]
-    arrays: dict[str, NDArray[Any]]
-    best: float | None
-    begin: float = field(default_factory=time.monotonic)
-    error: str | None = None  # of this rank
-    written: threading.Event = field(default_factory=threading.Event)  # this rank has written its part, or failed
-    all_ended: threading.Event = field(default_factory=threading.Event)  # every rank has
-    saved: bool = False  # rank 0: it is in place
 
 
 class Saver:
@@ -87,7 +59,8 @@ class Saver:
         warn: Callable[[str], None],
     ) -> None:
         self.folder, self.model, self.engine, self.world = folder, model, engine, world
-        self.about, self.keep, self.asynchronous, self.say, self.warn = dict(about), keep, asynchronous, say, warn
+        self.about, self.asynchronous, self.say = dict(about), asynchronous, say
+        self.writer = Writer(folder, world, keep, say, warn)
         self.versions = {"python": platform.python_version(), **dict(_versions())}
         self.last: int | None = None  # the step of the last checkpoint that is in place
         self.current: tuple[Saving, threading.Thread] | None = None
@@ -165,14 +138,13 @@ class Saver:
 
     def _copy(self, saving: Saving) -> None:
         """The states as they are now, into host memory that later saves use again: allocating it takes longer than copying."""
-        for name, tensor in saving.tensors.items():
-            if name not in self.copies:
-                self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self.copies[name].copy_(tensor)
+        if not self.copies:
+            self.copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in saving.tensors.items()}
+        torch._foreach_copy_([self.copies[name] for name in saving.tensors], list(saving.tensors.values()))
         saving.tensors = self.copies
 
     def _start(self, saving: Saving) -> None:
-        thread = threading.Thread(target=self._run, args=(saving,), name="checkpoint", daemon=True)
+        thread = threading.Thread(target=self.writer, args=(saving,), name="checkpoint", daemon=True)
         self.current = (saving, thread)
         thread.start()
 
@@ -198,126 +170,6 @@ class Saver:
         """After an error, which other ranks may not have: the thread has so long to end what it is writing."""
         if self.current is not None:
             self.current[1].join(timeout_s)
-
-    # --------------------------------------------------------------------------------------------- in the thread
-
-    def _run(self, saving: Saving) -> None:
-        """Writes this rank's part, and, on rank 0, what makes them a checkpoint."""
-        part: dict[str, Any] = {}
-        try:
-            part = self._write_part(saving)
-        except Exception as error:
-            saving.error = _reason(error)
-            part = {"error": saving.error}
-            with suppress(OSError):
-                (saving.folder / rank_file(self.world.rank)).unlink()
-        with suppress(UsageError):  # where this cannot be written, the ranks hear of it at the next save
-            _write_json(saving.folder / f"part-{self.world.rank}.json", part)
-        saving.written.set()
-        if self.world.is_main:
-            try:
-                self._complete(saving)
-                saving.saved = True
-            except Exception as error:
-                kept = checkpoints_in(self.folder)
-                last = f"the last good one is {kept[0]}" if kept else "there is none yet"
-                self.warn(f"the checkpoint of step {saving.step:,} was not saved: {_reason(error)}; training goes on, {last}")
-            shutil.rmtree(saving.folder, ignore_errors=True)
-
-    def _write_part(self, saving: Saving) -> dict[str, Any]:
-        saving.folder.mkdir(parents=True, exist_ok=True)
-        path = saving.folder / rank_file(self.world.rank)
-        described = {"format": FORMAT, "step": saving.step, "rank": self.world.rank, "starts": saving.starts}
-        return _checked(path, tensor_file.write(path, saving.tensors, {"deepscale": json.dumps(described)}))
-
-    def _complete(self, saving: Saving) -> None:
-        """Waits for the others' parts, adds what is rank 0's, renames, removes what is no longer kept."""
-        files = {rank_file(rank): part for rank, part in enumerate(self._parts(saving))}
-        path = saving.folder / ARRAYS
-        with path.open("wb") as file:
-            np.savez(file, **saving.arrays)  # type: ignore[arg-type]
-        sync(path)
-        files[ARRAYS] = {"bytes": path.stat().st_size, "sha256": tensor_file.sha256_of(path)}
-        for name, part in files.items():
-            size = (saving.folder / name).stat().st_size
-            if size != part["bytes"]:
-                raise OSError(f"{name} has {size:,} bytes, {part['bytes']:,} were written")
-        manifest = saving.manifest | {"files": files}
-        _write_json(saving.folder / MANIFEST, manifest | {"sha256": signature(manifest)})
-        for said in saving.folder.glob("part-*.json"):
-            said.unlink()
-        sync(saving.folder)
-        target = self.folder / step_name(saving.step)
-        if target.exists():  # a damaged one, or of a run that went on from an earlier one
-            _remove(target)
-        saving.folder.rename(target)
-        sync(self.folder)
-        took, mib = time.monotonic() - saving.begin, sum(part["bytes"] for part in files.values()) / 2**20
-        self.say(f"checkpoint of step {saving.step:,} saved in {took:.1f} s, {mib:,.0f} MiB: {target}")
-        self._forget(saving)
-
-    def _parts(self, saving: Saving) -> list[dict[str, Any]]:
-        """What every rank wrote. Raises OSError with the first failure, once every rank has ended."""
-        paths = [saving.folder / f"part-{rank}.json" for rank in range(self.world.size)]
-        deadline: float | None = None
-        while not all(path.is_file() for path in paths):
-            if saving.all_ended.is_set():
-                if saving.error is not None:
-                    raise OSError(saving.error)
-                deadline = deadline or time.monotonic() + VISIBLE_S
-                if time.monotonic() > deadline:
-                    raise OSError(f"what other ranks wrote cannot be seen here: {self.folder} is not the same folder on every node")
-            time.sleep(POLL_S)
-        parts: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
-        if errors := [part["error"] for part in parts if "error" in part]:
-            raise OSError(errors[0])
-        return parts
-
-    def _forget(self, saving: Saving) -> None:
-        """Notes the best, and removes all but the last `keep` and it."""
-        best = self._best()
-        if saving.best is not None and (best is None or saving.best > best["accuracy"]):
-            best = {"step": saving.step, "accuracy": saving.best}
-            _write_json(self.folder / BEST, best)
-        for old in checkpoints_in(self.folder)[self.keep :]:
-            if best is None or old.name != step_name(best["step"]):
-                _remove(old)
-
-    def _best(self) -> dict[str, Any] | None:
-        """The best checkpoint that is there: its step and accuracy."""
-        try:
-            best = json.loads((self.folder / BEST).read_text())
-            there = (self.folder / step_name(int(best["step"]))).is_dir()
-            return {"step": int(best["step"]), "accuracy": float(best["accuracy"])} if there else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-def _checked(path: Path, written: tensor_file.Written) -> dict[str, Any]:
-    """The file's size and hash, after reading it back. Raises OSError where that is not what was written."""
-    if tensor_file.sha256_of(path) != written.sha256:
-        raise OSError(f"{path.name} reads back otherwise than it was written; the disk or the memory is faulty")
-    return written._asdict()
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A small file, complete or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value))
-
-
-def _remove(checkpoint: Path) -> None:
-    """Renamed first: a run that is killed meanwhile leaves no half of a checkpoint."""
-    gone = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    checkpoint.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    """The error as the middle of a sentence."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -40,6 +40,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def rank_file(rank: int) -> str:
     """The file of what a rank held."""
     return f"rank-{rank}.safetensors"
@@ -259,7 +264,7 @@ def verified(path: Path, world: World = ALONE) -> Checkpoint:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders of complete checkpoints, the newest first."""
     found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def find(folder: Path, warn: Callable[[str], None], world: World = ALONE) -> Checkpoint | None:

@@ -9,10 +9,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +35,29 @@ class Written(NamedTuple):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
-    """Writes and syncs a file, the largest elements first. Tensors on a GPU are copied to the host one after the other. Raises OSError."""
+    """Writes and syncs a file, the largest elements first, and reads it back. Tensors on a GPU are copied to the host one after the other.
+
+    Raises OSError, also where what is read back is not what was written.
+    """
+    digest, size = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as pool, path.open("wb", buffering=BUFFER) as file:
+        for block in _blocks(tensors, metadata):
+            hashed = pool.submit(digest.update, block)  # on another core, while the block is in both caches
+            file.write(block)
+            hashed.result()
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    read = np.empty(2 * BLOCK, np.uint8)  # a block is smaller, and new memory for each would take longer than reading
+    with path.open("rb", buffering=0) as back:
+        for block in _blocks(tensors, metadata):
+            if back.readinto(read[: len(block)].data) != len(block) or not np.array_equal(read[: len(block)], np.frombuffer(block, np.uint8)):
+                raise OSError(f"{path.name} reads back otherwise than it was written: the disk or the memory is faulty")
+    return Written(size, digest.hexdigest())
+
+
+def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The bytes of a file: its header, then the tensors, small ones together."""
     named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
@@ -43,34 +67,22 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
-    with path.open("wb", buffering=BUFFER) as file:
-        hashed = _Hashed(file)
-        hashed.write(memoryview(len(text).to_bytes(8, "little") + text))
-        for _, tensor in named:
-            if tensor.numel():
-                hashed.write(_bytes_of(tensor.detach().cpu().contiguous()))
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(hashed.bytes, hashed.digest.hexdigest())
+    together = bytearray(len(text).to_bytes(8, "little") + text)
+    for _, tensor in named:
+        data = _bytes_of(tensor.detach().cpu().contiguous())
+        if len(data) < BLOCK // 4:
+            together += data
+        if len(together) >= BLOCK or len(data) >= BLOCK // 4:
+            yield memoryview(together)
+            together = bytearray()
+        if len(data) >= BLOCK // 4:
+            yield from (data[first : first + BLOCK] for first in range(0, len(data), BLOCK))
+    yield memoryview(together)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).numpy()).cast("B")  # type: ignore[arg-type]
-
-
-class _Hashed:
-    """A file that is hashed as it is written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: memoryview) -> None:
-        for begin in range(0, len(data), BLOCK):
-            block = data[begin : begin + BLOCK]
-            self.digest.update(block)
-            self.file.write(block)
-        self.bytes += len(data)
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def sha256_of(path: Path) -> str:
