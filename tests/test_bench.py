@@ -430,3 +430,10 @@ def test_plan_measures_training_runs(bench: Callable[..., Rows]) -> None:
     """A real run, the smallest: the whole peak is mostly the process, and so is well known."""
     rows = bench("plan", "--only", "1")
     assert rows["peak: cases within 10%"]["reached"] is True
+
+
+def test_bench_checkpoint_measures_and_leaves_nothing(bench: Callable[..., Rows], in_tmp_path: Path) -> None:
+    rows = bench("checkpoint", "--depth", "26", "--batch-size", "2", "--rounds", "2")
+    save, raw = (next(row for what, row in rows.items() if what.startswith(words)) for words in ("saving 26 layers /", "writing and syncing"))
+    assert save["n"] == 2 and save["goal"] == "at most 3.0" and all(value > 0 for value in save["values"] + raw["values"])
+    assert not [path for path in in_tmp_path.iterdir() if path.is_dir()]

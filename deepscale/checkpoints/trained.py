@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from deepscale.checkpoints import weights
-from deepscale.checkpoints.saving import BEST
 from deepscale.checkpoints.stored import MANIFEST, checkpoints_in, ignore, open_checkpoint, step_name
+from deepscale.checkpoints.writing import BEST
 from deepscale.errors import UsageError
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.naming import load_plain, to_plain
