@@ -18,15 +18,15 @@ from deepscale import nonfinite
 from deepscale.config import AUTO, Config
 from deepscale.data import Feed, Feeds
 from deepscale.engine import Engine
-from deepscale.errors import AGAIN, Interrupted, NonFiniteError
+from deepscale.errors import NonFiniteError
 from deepscale.evaluation import evaluate, sums
 from deepscale.models.components import commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.optim import build_schedule, start
 from deepscale.progress import Progress
 from deepscale.records import Records
-from deepscale.saving import Saving
-from deepscale.stop import CTRL_C, PATIENCE_S, Stop
+from deepscale.saving import Saving, Wishes
+from deepscale.stop import PATIENCE_S, Stop
 from deepscale.tracking import Tracker
 from deepscale.world import World
 
@@ -128,7 +128,7 @@ class Fit:
         self.eval_limit: int | None = None  # images of a split, where a time budget limits them
         if run.saving is not None:
             run.saving.state = self.state
-        self.asked, self.due = 0, False  # over all ranks, at the last step: exit code, checkpoint
+        self.wishes = Wishes(run.stop, run.saving, run.world)
 
     def __call__(self) -> Result:
         """Trains to the end, evaluates, and returns what came out. Raises Interrupted where somebody asked for an earlier end."""
@@ -219,7 +219,7 @@ class Fit:
         seen: list[Tensor] = []
         run.world.doing.step = self.step + 1
         run.records.begin(self.step + 1)
-        accumulation, wishes = run.config.recipe.accumulation, self._wishes()
+        accumulation, wishes = run.config.recipe.accumulation, self.wishes.own()
         train_step(run.engine, remembered(batches, seen), accumulation, run.world, lambda sums: self._inspect(sums, metrics, seen), wishes)
         metrics |= run.records.finish()
         took = time.monotonic() - begin
@@ -246,7 +246,7 @@ class Fit:
         """
         first = self._first_layer() if self.step % GRADIENT_EVERY == 0 else {}
         loss, correct, count, again, ctrl_c, due, *means = torch.stack([*totals, *first.values()]).tolist()
-        self.asked, self.due = CTRL_C if ctrl_c else AGAIN if again else 0, bool(due)
+        self.wishes.take(again, ctrl_c, due)
         metrics |= {"train/loss": loss / count, "train/accuracy": correct / count} | dict(zip(first, means, strict=True))
         if not math.isfinite(loss):
             raise stopped_at_nonfinite(self.run, self.step + 1, loss, images)
@@ -277,41 +277,18 @@ class Fit:
         if run.saving is not None and run.saving.validated(found["accuracy"]) and self.step < self.result.planned_steps:
             run.saving.save(self.step, found["accuracy"])
 
-    # ------------------------------------------------------------------------------------------------- saving, and ending early
-
-    def _wishes(self) -> tuple[float, float, float]:
-        """What this rank adds to a step's totals: asked to end and to be started again, by Ctrl-C, and rank 0's wish for a checkpoint."""
-        code, saving = self.run.stop.wish(), self.run.saving
-        return float(code == AGAIN), float(code == CTRL_C), float(self.run.world.is_main and saving is not None and saving.wished())
-
-    def _save_if_due(self) -> None:
-        saving = self.run.saving
-        if saving is not None and saving.due(self.step, self.due):
-            saving.save(self.step)
-        self.due = False
-        self._end_if_asked()
-
     def _between(self) -> None:
         """Between two batches of an evaluation, which may take long."""
-        code = self.run.stop.wish()
-        again, ctrl_c = self.run.world.sum(torch.tensor([float(code == AGAIN), float(code == CTRL_C)], device=self.run.world.device)).tolist()
-        self.asked = CTRL_C if ctrl_c else AGAIN if again else 0
+        self.wishes.ask()
+        self._end_if_asked()
+
+    def _save_if_due(self) -> None:
+        self.wishes.save_if_due(self.step)
         self._end_if_asked()
 
     def _end_if_asked(self) -> None:
-        """Saves and raises Interrupted where a rank was asked to end."""
-        if not self.asked:
-            return
-        run, saving = self.run, self.run.saving
-        of = f" of {self.result.planned_steps:,}" if self.result.planned_steps else ""
-        said = f"interrupted {run.stop.reason or 'on another rank'} after step {self.step:,}{of}"
-        if saving is None:
-            raise Interrupted(f"{said}, and nothing of it is saved; next time type --checkpoint-every 10m", self.asked)
-        if saving.saved_step < self.step:
-            saving.save(self.step, self.result.validation["accuracy"] if self.validated == self.step else None)
-        if saving.saved(self.step):
-            raise Interrupted(f"{said}; all of it is saved in {saving.folder}: type the same with --resume auto to go on", self.asked)
-        raise Interrupted(f"{said}; this step could not be saved, what {saving.folder} holds can be gone on from with --resume auto", self.asked)
+        accuracy = self.result.validation["accuracy"] if self.validated == self.step and self.result.validation else None
+        self.wishes.end_if_asked(self.step, self.result.planned_steps, accuracy)
 
     def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(JSON, arrays) of what `load` takes to go on after this step in another process; nothing of the network."""

@@ -34,7 +34,7 @@ class Resumed:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What the run left of itself: `described`, and run_id."""
+        """What the run left of itself: `described`, store, run_id and pending."""
         return dict(self.checkpoint.progress["run"])
 
 

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
 from deepscale.checkpoints import Saver
 from deepscale.config import Every
+from deepscale.errors import AGAIN, Interrupted
+from deepscale.stop import CTRL_C, Stop
+from deepscale.world import World
 
 
 class Saving:
@@ -51,3 +55,46 @@ class Saving:
         """Waits for what is being written; whether the checkpoint of this step is there."""
         self.saver.wait()
         return self.saver.last == step
+
+
+class Wishes:
+    """What ranks ask for while they train: to end, or, rank 0's clock, a checkpoint. All ranks take them up after the same step."""
+
+    def __init__(self, stop: Stop, saving: Saving | None, world: World) -> None:
+        self.stop, self.saving, self.world = stop, saving, world
+        self.asked, self.due = 0, False  # of all ranks: the exit code to end with, a checkpoint
+
+    def own(self) -> tuple[float, float, float]:
+        """What this rank adds to a step's totals: a wish to end and to be started again, one by Ctrl-C, one for a checkpoint."""
+        code, saving = self.stop.wish(), self.saving
+        return float(code == AGAIN), float(code == CTRL_C), float(self.world.is_main and saving is not None and saving.wished())
+
+    def take(self, again: float, ctrl_c: float, due: float) -> None:
+        """Notes the sums over ranks of `own`."""
+        self.asked, self.due = CTRL_C if ctrl_c else AGAIN if again else 0, bool(due)
+
+    def ask(self) -> None:
+        """Notes whether any rank wishes to end, where there are no totals to go with."""
+        again, ctrl_c, _ = self.own()
+        again, ctrl_c = self.world.sum(torch.tensor([again, ctrl_c], device=self.world.device)).tolist()
+        self.take(again, ctrl_c, due=0.0)
+
+    def save_if_due(self, step: int) -> None:
+        """After a step."""
+        if self.saving is not None and self.saving.due(step, self.due):
+            self.saving.save(step)
+        self.due = False
+
+    def end_if_asked(self, step: int, of: int, accuracy: float | None) -> None:
+        """Saves and raises Interrupted where a rank was asked to end. `of`: steps of the run, 0 while they are not known."""
+        if not self.asked:
+            return
+        said = f"interrupted {self.stop.reason or 'on another rank'} after step {step:,}" + (f" of {of:,}" if of else "")
+        saving = self.saving
+        if saving is None:
+            raise Interrupted(f"{said}, and nothing of it is saved; next time type --checkpoint-every 10m", self.asked)
+        if saving.saved_step < step:
+            saving.save(step, accuracy)
+        if saving.saved(step):
+            raise Interrupted(f"{said}; all of it is saved in {saving.folder}: type the same with --resume auto to go on", self.asked)
+        raise Interrupted(f"{said}; this step could not be saved: --resume auto goes on from what {saving.folder} holds", self.asked)

@@ -27,6 +27,7 @@ from deepscale import (
     resume,
     stop,
     tracking,
+    tracking_store,
     watchdog,
     world,
 )
@@ -171,12 +172,15 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         tracker = record.tracker
         tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
         records = Records(model, engine, settings, tracker, screen)
-        saving = build_saving(run, model, engine, screen, lambda: about_run(run, name, folder, tracker))
+        store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
+        saving = build_saving(run, model, engine, screen, lambda: about_run(run, name, folder, tracker) | {"store": store})
         fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
         if resumed is not None:
             checkpoints.restore(resumed.checkpoint, model, engine, place, screen.say)
             fit.load(resumed.checkpoint.progress, resumed.checkpoint.arrays())
             tracker.again(resumed.run.get("pending", []))
+            if store != resumed.run["store"]:
+                screen.say(f"the run has been recorded in {resumed.run['store'] or 'no store'} so far, and is in {store or 'none'} from here on")
             screen.say(f"going on after step {fit.step:,}, from {resumed.checkpoint.path}")
         try:
             result = fit()
