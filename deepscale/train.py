@@ -197,10 +197,10 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
         tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
-        if saving is not None:
-            if saving.marks:
-                saving.save(result.steps, result.validation["accuracy"], finished=True)
-            saving.saver.close()
+    if saving is not None:  # after the record is closed: what says that nothing is left to do must be the last that is done
+        if saving.marks:
+            saving.save(result.steps, result.validation["accuracy"], finished=True)
+        saving.saver.close()
     return rows, tracker.view_command()
 
 

@@ -121,6 +121,15 @@ class Started:
             time.sleep(0.005)
         return True
 
+    def as_launcher(self, patience_s: float) -> None:
+        """Ends the other ranks when one has ended, as DeepSpeed's launcher and srun do: SIGTERM, and after some patience SIGKILL."""
+        while not any(self.codes()) and not self.ended():
+            time.sleep(0.005)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self.send(number)
+            if self.wait(patience_s):
+                return
+
     def codes(self) -> list[int | None]:
         """Exit codes, below 0 for a signal."""
         return [self.server.codes.get(rank) for rank in self.ranks]

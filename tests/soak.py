@@ -40,6 +40,7 @@ ENGINES = {"torch": ["--engine", "torch"], **{f"ZeRO {stage}": ["--zero", str(st
 AIMS = ("start", "step", "checkpoint", "evaluation", "end")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 CURVES = ("train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy", "test/loss", "test/accuracy")
+LAUNCHER_S = 5.0  # a launcher's patience is 30 s
 END_S = 90.0  # for the processes that were not killed to end in
 Curves = dict[str, dict[int, float]]
 
@@ -120,6 +121,8 @@ class Kind:
                 if started.ranks[rank] not in self.server.codes:
                     os.kill(started.ranks[rank], number)
         begin = time.monotonic()
+        if struck and phase == "start":  # ranks that do not know each other yet wait for each other
+            started.as_launcher(LAUNCHER_S)
         ended = started.wait(END_S if struck else 600.0)
         codes, left = started.codes(), started.alive()
         for process in left:
