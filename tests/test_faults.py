@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +256,9 @@ def test_a_tracking_server_that_dies_costs_no_training_and_no_record(
         tracking_server.kill()
         assert run.end(200) == [0], run.text()
     tracking_server.start()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server.uri)
-    report(["--resend"])
+    with chdir(tmp_path):
+        report(["--resend"])
     client = MlflowClient(tracking_server.uri)
     found: dict[str, Any] = {}
     for recorded in client.search_runs([e.experiment_id for e in client.search_experiments()]):
