@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 METHOD = "deepscale-loopback"
 LOOPBACK_INTERFACE = "lo"  # Linux's name; elsewhere the libraries choose their own
+TOGETHER = timedelta(minutes=5)  # ranks of one machine are started at one time: who is not there by then has ended
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -42,14 +43,19 @@ def is_loopback(address: str) -> bool:
 
 
 def meet(url: str, timeout: timedelta = timedelta(minutes=30), **_: object) -> Iterator[tuple[Store, int, int]]:
-    """torch's interface of a method: (store, rank, ranks). Raises DistNetworkError where the port is taken or rank 0 does not answer."""
+    """torch's interface of a method: (store, rank, ranks).
+
+    Raises DistNetworkError where the port is taken or rank 0 does not answer, DistStoreError where another rank does not come.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield HashStore(), rank, size
         return
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
     listener = _listen(address, port) if rank == 0 else None
-    yield TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listener), rank, size
+    store = TCPStore(address, port, size, rank == 0, min(timeout, TOGETHER), master_listen_fd=listener)
+    store.set_timeout(timeout)
+    yield store, rank, size
 
 
 def _listen(address: str, port: int) -> int:

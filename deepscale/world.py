@@ -120,7 +120,7 @@ def join(engine: EngineConfig) -> World:
             )
         elif size > 1 and not dist.is_initialized():
             dist.init_process_group(backend, init_method=init_method(), timeout=patience)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _unreachable(error) from None
     return World(rank, size, local_rank, local_size, device)
 

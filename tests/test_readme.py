@@ -44,9 +44,19 @@ def test_make_targets_and_files_exist() -> None:
     assert all((ROOT / link).exists() for link in links), links
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+    """Files that a page of docs/ links to, and headings in it, against the repository."""
+    text = (ROOT / "docs" / page).read_text()
+    headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    wrong = [link for link in links if not (link[1:] in headings if link.startswith("#") else (ROOT / "docs" / link.partition("#")[0]).exists())]
+    assert not wrong
+
+
 def test_options_named_in_the_text_exist() -> None:
     """Every `--option` in backticks, against the settings; those of other commands are named here."""
-    others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json"}
+    others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json", "--ranks"}
     command = config.parser("", "")
     config.add_arguments(command, *config.GROUPS)
     known = {option for action in command._actions for option in action.option_strings}

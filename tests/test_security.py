@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import pytest
 from conftest import REPOSITORY, end_group, free_port
 from torch.distributed import DistNetworkError
 
-from deepscale import rendezvous, tracking
+from deepscale import rendezvous, tracking, world
+from deepscale.config import EngineConfig
+from deepscale.errors import UsageError
 from deepscale.tracking_store import shown
 
 SMALL = ("--dataset", "synthetic", "--depth", "26", "--width", "4", "--patch-size", "4", "--batch-size", "16", "--max-steps", "3")
@@ -113,6 +116,15 @@ def test_a_taken_port_is_a_network_error(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(DistNetworkError, match="EADDRINUSE"):
             rendezvous._listen("127.0.0.1", port)
     os.close(listener)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_others_have_ended_waits_for_minutes_not_for_the_run(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "TOGETHER", timedelta(seconds=1))
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"the ranks do not find each other at 127\.0\.0\.1"):
+        world.join(EngineConfig(engine="torch"))
 
 
 def test_every_mlflow_server_that_is_shown_is_for_this_machine_alone(ended: Ended) -> None:
