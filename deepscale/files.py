@@ -1,5 +1,6 @@
 """Files that are there complete or not at all, also after the machine has lost its power."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def atomic(path: Path, advice: str = "type another path") -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, read piece by piece. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from deepscale import config
 from deepscale.errors import MissingPackageError, UsageError
+from deepscale.files import sha256_of
 from deepscale.tracking_read import MlflowRun, Reader
 from deepscale.tracking_store import DEFAULT_STORE, Op, Store, cause, grouped, import_mlflow, shown, sqlite_path, store_uri
 
@@ -155,7 +156,7 @@ def _send_files(folder: Path, client: Any, there: MlflowRun) -> bool:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         return False
-    sums = "".join(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
+    sums = "".join(f"{path.relative_to(folder)} {sha256_of(path)}\n" for path in files)
     digest = hashlib.sha256(sums.encode()).hexdigest()
     if there.data.tags.get(FILES) == digest:
         return False

@@ -17,6 +17,7 @@ from deepscale.checkpoints.tensor_file import TensorFile
 from deepscale.config import Config
 from deepscale.engine import build_engine
 from deepscale.errors import UsageError
+from deepscale.files import sha256_of
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 
 ALONE = stored.ALONE
@@ -76,7 +77,7 @@ TENSORS = {
 
 def test_the_safetensors_library_reads_what_we_write(tmp_path: Path) -> None:
     written = tensor_file.write(tmp_path / "file", TENSORS, {"who": "ours"})
-    assert written == ((tmp_path / "file").stat().st_size, tensor_file.sha256_of(tmp_path / "file"))
+    assert written == ((tmp_path / "file").stat().st_size, sha256_of(tmp_path / "file"))
     assert same(safetensors.torch.load_file(tmp_path / "file"), TENSORS)
     with safetensors.safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == {"who": "ours"}
@@ -188,7 +189,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object], sign: bool = 
     if sign:
         for name, file in manifest["files"].items():
             if (path / name).is_file():
-                file |= {"bytes": (path / name).stat().st_size, "sha256": tensor_file.sha256_of(path / name)}
+                file |= {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
         manifest["sha256"] = stored.signature(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 

@@ -21,7 +21,7 @@ from deepscale import config, machine
 from deepscale.checkpoints import weights
 from deepscale.checkpoints.restoring import buffers_of, shape_of
 from deepscale.checkpoints.stored import FORMAT, KINDS, step_name
-from deepscale.checkpoints.writing import Saving, Writer
+from deepscale.checkpoints.writing import Draft, Writer
 from deepscale.config import Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
@@ -63,7 +63,7 @@ class Saver:
         self.writer = Writer(folder, world, keep, say, warn)
         self.versions = {"python": platform.python_version(), **dict(_versions())}
         self.last: int | None = None  # the step of the last checkpoint that is in place
-        self.current: tuple[Saving, threading.Thread] | None = None
+        self.current: tuple[Draft, threading.Thread] | None = None
         self.copies: dict[str, Tensor] = {}
         self.attempts = 0
         if world.is_main:
@@ -83,15 +83,15 @@ class Saver:
         if step == self.last and not again:
             return
         self.attempts += 1
-        saving = self._described(step, progress, arrays, best)
-        if self._asynchronous(saving):
-            self._copy(saving)
-            self._start(saving)
+        draft = self._described(step, progress, arrays, best)
+        if self._asynchronous(draft):
+            self._copy(draft)
+            self._start(draft)
         else:
-            self._start(saving)
+            self._start(draft)
             self.wait()
 
-    def _described(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None) -> Saving:
+    def _described(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None) -> Draft:
         if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
             raise TypeError(f"the array {objects[0]} holds Python objects, which only a pickle could keep")
         tensors, starts = self._states()
@@ -105,7 +105,7 @@ class Saver:
         }  # fmt: skip
         manifest = json.loads(json.dumps(manifest))  # as it will be read; and whatever changes later does not change it
         folder = self.folder / f".{step_name(step)}.{self.token}-{self.attempts}.tmp"
-        return Saving(step, folder, manifest, tensors, starts, {name: np.array(array) for name, array in arrays.items()}, best)
+        return Draft(step, folder, manifest, tensors, starts, {name: np.array(array) for name, array in arrays.items()}, best)
 
     def _states(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What this rank writes, by the names of its file, as views; and where its part of each parameter starts."""
@@ -126,40 +126,40 @@ class Saver:
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
         return tensors, starts
 
-    def _asynchronous(self, saving: Saving) -> bool:
+    def _asynchronous(self, draft: Draft) -> bool:
         """As asked, or, the first time, whether every rank's copy fits into its share of the free host memory."""
         if self.asynchronous is None:
-            copy = sum(tensor.nbytes for tensor in saving.tensors.values())
+            copy = sum(tensor.nbytes for tensor in draft.tensors.values())
             fits = copy <= COPY_SHARE * machine.measure_machine(self.world).host_bytes
             self.asynchronous = all(self.world.gather(fits))
             if not self.asynchronous:
                 self.say(f"checkpoints are written while training waits: a copy of {copy / 2**30:.1f} GiB does not fit beside it")
         return self.asynchronous
 
-    def _copy(self, saving: Saving) -> None:
+    def _copy(self, draft: Draft) -> None:
         """The states as they are now, into host memory that later saves use again: allocating it takes longer than copying."""
         if not self.copies:
-            self.copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in saving.tensors.items()}
-        torch._foreach_copy_([self.copies[name] for name in saving.tensors], list(saving.tensors.values()))
-        saving.tensors = self.copies
+            self.copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in draft.tensors.items()}
+        torch._foreach_copy_([self.copies[name] for name in draft.tensors], list(draft.tensors.values()))
+        draft.tensors = self.copies
 
-    def _start(self, saving: Saving) -> None:
-        thread = threading.Thread(target=self.writer, args=(saving,), name="checkpoint", daemon=True)
-        self.current = (saving, thread)
+    def _start(self, draft: Draft) -> None:
+        thread = threading.Thread(target=self.writer, args=(draft,), name="checkpoint", daemon=True)
+        self.current = (draft, thread)
         thread.start()
 
     def wait(self) -> None:
         """Until what was saved is in place, or has failed."""
         if self.current is None:
             return
-        saving, thread = self.current
-        saving.written.wait()
-        saving.error = next((error for error in self.world.gather(saving.error) if error is not None), None)
-        saving.all_ended.set()
+        draft, thread = self.current
+        draft.written.wait()
+        draft.error = next((error for error in self.world.gather(draft.error) if error is not None), None)
+        draft.all_ended.set()
         thread.join()
         self.current = None
-        if self.world.agree(saving.saved):
-            self.last = saving.step
+        if self.world.agree(draft.saved):
+            self.last = draft.step
 
     def close(self) -> None:
         """Waits; the end."""

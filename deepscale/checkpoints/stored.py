@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepscale.checkpoints.tensor_file import TensorFile, sha256_of
+from deepscale.checkpoints.tensor_file import TensorFile
 from deepscale.errors import UsageError
+from deepscale.files import sha256_of
 from deepscale.world import World
 
 FORMAT = 1

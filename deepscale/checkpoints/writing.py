@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deepscale.checkpoints import tensor_file
 from deepscale.checkpoints.stored import ARRAYS, FORMAT, MANIFEST, checkpoints_in, rank_file, signature, step_name, step_of
-from deepscale.files import atomic, sync
+from deepscale.files import atomic, sha256_of, sync
 from deepscale.world import World
 
 BEST = "best.json"
@@ -30,7 +30,7 @@ VISIBLE_S = 60.0  # a network file system shows a file to other nodes within thi
 
 
 @dataclass
-class Saving:
+class Draft:
     """One checkpoint on its way."""
 
     step: int
@@ -49,7 +49,7 @@ class Saving:
 
 @dataclass
 class Writer:
-    """What a saver's thread does: one checkpoint from `Saving` to its folder in `folder`, and the removal of those that are not kept."""
+    """What a saver's thread does: one checkpoint from `Draft` to its folder in `folder`, and the removal of those that are not kept."""
 
     folder: Path
     world: World
@@ -57,79 +57,79 @@ class Writer:
     say: Callable[[str], None]
     warn: Callable[[str], None]
 
-    def __call__(self, saving: Saving) -> None:
+    def __call__(self, draft: Draft) -> None:
         """Writes this rank's part, and, on rank 0, what makes them a checkpoint."""
         part: dict[str, Any] = {}
         try:
-            part = self._write_part(saving)
+            part = self._write_part(draft)
         except Exception as error:
-            saving.error = _reason(error)
-            part = {"error": saving.error}
+            draft.error = _reason(error)
+            part = {"error": draft.error}
             with suppress(OSError):
-                (saving.folder / rank_file(self.world.rank)).unlink()
+                (draft.folder / rank_file(self.world.rank)).unlink()
         with suppress(OSError):  # where this cannot be written, the ranks hear of it at the next save
-            self._say_part(saving, part)
-        saving.written.set()
+            self._say_part(draft, part)
+        draft.written.set()
         if self.world.is_main:
             try:
-                self._complete(saving)
-                saving.saved = True
-                self._forget(saving)
+                self._complete(draft)
+                draft.saved = True
+                self._forget(draft)
             except Exception as error:
                 kept = checkpoints_in(self.folder)
                 last = f"the last good one is {kept[0]}" if kept else "there is none yet"
-                what = "older checkpoints were not removed" if saving.saved else f"the checkpoint of step {saving.step:,} was not saved"
+                what = "older checkpoints were not removed" if draft.saved else f"the checkpoint of step {draft.step:,} was not saved"
                 self.warn(f"{what}: {_reason(error)}; training goes on, {last}")
-            shutil.rmtree(saving.folder, ignore_errors=True)
+            shutil.rmtree(draft.folder, ignore_errors=True)
 
-    def _write_part(self, saving: Saving) -> dict[str, Any]:
-        saving.folder.mkdir(parents=True, exist_ok=True)
-        path = saving.folder / rank_file(self.world.rank)
-        described = {"format": FORMAT, "step": saving.step, "rank": self.world.rank, "starts": saving.starts}
-        return tensor_file.write(path, saving.tensors, {"deepscale": json.dumps(described)})._asdict()
+    def _write_part(self, draft: Draft) -> dict[str, Any]:
+        draft.folder.mkdir(parents=True, exist_ok=True)
+        path = draft.folder / rank_file(self.world.rank)
+        described = {"format": FORMAT, "step": draft.step, "rank": self.world.rank, "starts": draft.starts}
+        return tensor_file.write(path, draft.tensors, {"deepscale": json.dumps(described)})._asdict()
 
-    def _say_part(self, saving: Saving, part: Mapping[str, Any]) -> None:
+    def _say_part(self, draft: Draft, part: Mapping[str, Any]) -> None:
         """Tells rank 0. Not synced: after a loss of power nobody reads it."""
-        note = saving.folder / f"part-{self.world.rank}.json"
+        note = draft.folder / f"part-{self.world.rank}.json"
         note.with_suffix(".tmp").write_text(json.dumps(part))
         note.with_suffix(".tmp").replace(note)
 
-    def _complete(self, saving: Saving) -> None:
+    def _complete(self, draft: Draft) -> None:
         """Waits for the others' parts, adds what is rank 0's, renames, removes what is no longer kept."""
-        files = {rank_file(rank): part for rank, part in enumerate(self._parts(saving))}
-        path = saving.folder / ARRAYS
+        files = {rank_file(rank): part for rank, part in enumerate(self._parts(draft))}
+        path = draft.folder / ARRAYS
         with path.open("wb") as file:
-            np.savez(file, **saving.arrays)  # type: ignore[arg-type]
+            np.savez(file, **draft.arrays)  # type: ignore[arg-type]
         sync(path)
-        files[ARRAYS] = {"bytes": path.stat().st_size, "sha256": tensor_file.sha256_of(path)}
+        files[ARRAYS] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, part in files.items():
-            size = (saving.folder / name).stat().st_size
+            size = (draft.folder / name).stat().st_size
             if size != part["bytes"]:
                 raise OSError(f"{name} has {size:,} bytes, {part['bytes']:,} were written")
-        manifest = saving.manifest | {"files": files}
-        (saving.folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": signature(manifest)}))
-        sync(saving.folder / MANIFEST)
-        for said in saving.folder.glob("part-*.json"):
+        manifest = draft.manifest | {"files": files}
+        (draft.folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": signature(manifest)}))
+        sync(draft.folder / MANIFEST)
+        for said in draft.folder.glob("part-*.json"):
             said.unlink()
-        sync(saving.folder)
-        target = self.folder / step_name(saving.step)
+        sync(draft.folder)
+        target = self.folder / step_name(draft.step)
         old = target.with_name(f".{target.name}.old.tmp")
         if target.exists():  # a damaged one, or one of a run that went on from an earlier one
             target.rename(old)
-        saving.folder.rename(target)
+        draft.folder.rename(target)
         sync(self.folder)
         shutil.rmtree(old, ignore_errors=True)
-        took, mib = time.monotonic() - saving.begin, sum(part["bytes"] for part in files.values()) / 2**20
-        self.say(f"checkpoint of step {saving.step:,} saved in {took:.1f} s, {mib:,.0f} MiB: {target}")
+        took, mib = time.monotonic() - draft.begin, sum(part["bytes"] for part in files.values()) / 2**20
+        self.say(f"checkpoint of step {draft.step:,} saved in {took:.1f} s, {mib:,.0f} MiB: {target}")
 
-    def _parts(self, saving: Saving) -> list[dict[str, Any]]:
+    def _parts(self, draft: Draft) -> list[dict[str, Any]]:
         """What every rank wrote. Raises OSError with the first failure, once every rank has ended."""
-        paths = [saving.folder / f"part-{rank}.json" for rank in range(self.world.size)]
+        paths = [draft.folder / f"part-{rank}.json" for rank in range(self.world.size)]
         deadline: float | None = None
         while not all(path.is_file() for path in paths):
-            if saving.all_ended.is_set():
-                if saving.error is not None:
-                    raise OSError(saving.error)
+            if draft.all_ended.is_set():
+                if draft.error is not None:
+                    raise OSError(draft.error)
                 deadline = deadline or time.monotonic() + VISIBLE_S
                 if time.monotonic() > deadline:
                     raise OSError(f"what other ranks wrote cannot be seen here: {self.folder} is not the same folder on every node")
@@ -139,19 +139,19 @@ class Writer:
             raise OSError(errors[0])
         return parts
 
-    def _forget(self, saving: Saving) -> None:
+    def _forget(self, draft: Draft) -> None:
         """Notes the best, and removes all but the last `keep` and it.
 
         Checkpoints of later steps are damaged, or of a run that this one does not continue: they are put aside, where `find` does not look.
         """
         for later in checkpoints_in(self.folder):
-            if step_of(later) > saving.step:
-                aside = later.with_name(f"aside-{later.name}-{saving.folder.name.split('.')[2]}")
+            if step_of(later) > draft.step:
+                aside = later.with_name(f"aside-{later.name}-{draft.folder.name.split('.')[2]}")
                 later.rename(aside)
                 self.warn(f"the checkpoint {later} is of a later step than this run has reached, and not one it goes on from: it is now {aside}")
         best = self._best()
-        if saving.best is not None and (best is None or saving.best > best["accuracy"]):
-            best = {"step": saving.step, "accuracy": saving.best}
+        if draft.best is not None and (best is None or draft.best > best["accuracy"]):
+            best = {"step": draft.step, "accuracy": draft.best}
             _write_json(self.folder / BEST, best)
         for old in checkpoints_in(self.folder)[self.keep :]:
             if best is None or old.name != step_name(best["step"]):

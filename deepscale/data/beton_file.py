@@ -7,7 +7,6 @@ FFCV: Leclerc et al. 2023, arXiv:2306.12517, https://github.com/libffcv/ffcv.
 """
 
 import contextlib
-import hashlib
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from deepscale.errors import UsageError
+from deepscale.files import sha256_of
 
 if TYPE_CHECKING:
     from deepscale.config import DataConfig
@@ -79,7 +79,7 @@ def verify_beton(path: Path) -> str | None:
     size = path.stat().st_size
     if size != record["bytes"]:
         return f"{path} is damaged: it has {size:,} bytes instead of {record['bytes']:,}"
-    if _sha256(path) != record["sha256"]:
+    if sha256_of(path) != record["sha256"]:
         return f"{path} is damaged: its SHA-256 is not the recorded one"
     return None
 
@@ -92,11 +92,6 @@ def _record(path: Path) -> dict[str, Any] | None:
     fields = {"format": int, "sha256": str, "bytes": int, "images": int, "source": str}
     right = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in fields.items())
     return record if right and record["format"] == FORMAT else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(source: "Source") -> dict[str, Any]:
@@ -153,7 +148,7 @@ def _write(source: "Source", path: Path, time_limit_s: float) -> None:
         np.save(work / "labels.npy", split.labels)
         _run_writer(work, path, time_limit_s)
         made, made_record = work / "data.beton", work / "record.json"
-        record = {"format": FORMAT, "sha256": _sha256(made), "bytes": made.stat().st_size, **_identity(source)}
+        record = {"format": FORMAT, "sha256": sha256_of(made), "bytes": made.stat().st_size, **_identity(source)}
         made_record.write_text(json.dumps(record, indent=1) + "\n")
         made.replace(path)
         made_record.replace(record_path(path))
