@@ -75,8 +75,10 @@ def test_a_rank_that_is_stopped_is_named_by_another(server: Server, folder: Path
         run.until_said("step 1/")
         run.send(signal.SIGSTOP, [stopped])
         assert run.end() == [1, 1]
-        (sentence,) = run.said("deepscale: ")
+        # The stopped one, woken up, may see first that the other has gone, and say that.
+        sentence, *woken = sorted(run.said("deepscale: "), key=lambda said: "has not been heard of for" not in said)
     assert f"deepscale: rank {stopped} (process " in sentence and "has not been heard of for" in sentence, sentence
+    assert all(said.startswith("deepscale: another rank of this run has ended") for said in woken) and len(woken) <= 1, woken
     assert ("may stay open" in sentence) == (stopped == 0)
     recorded = only_run(folder)
     assert (recorded.status, recorded.tags["outcome"]) == ("FAILED", "failed"), "rank 0 is woken up to see that the run is over"
