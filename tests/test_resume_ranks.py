@@ -173,9 +173,12 @@ def test_the_deepspeed_command_is_ended(results: dict[int, dict[str, Result]], t
     """It passes SIGTERM on to nobody; its rank sees that it has gone, saves and ends. The rest equals the run that was not cut off."""
     shutil.copy(empty_store, tmp_path)
     with Launched(tmp_path, 1, *LONG, "--zero", "0", "--checkpoint-every", "10steps", *GO_ON) as run:
-        run.until("checkpoint of step 20 saved")
+        (rank,) = run.until("checkpoint of step 10 saved")
+        rank.suspend()  # else it may have ended before the command has
         run.process.terminate()
-        assert run.end() == -signal.SIGTERM
+        assert run.process.wait(60) == -signal.SIGTERM
+        rank.resume()
+        run.end()
     status, outcome, before = told(tmp_path)
     assert (status, outcome) == ("KILLED", "interrupted") and "because its launcher has gone" in run.log.read_text()
     with Launched(tmp_path, 1, *GO_ON) as run:
