@@ -46,11 +46,6 @@ class Stop:
         """From now on signals wait for the end of the step, at most `patience_s` seconds."""
         self.deferred, self.patience_s = True, patience_s
 
-    def ignore(self) -> None:
-        """From now on schedulers are not answered: all is done, and Python would end by the signal while it clears up."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-
     def wish(self) -> int:
         """The exit code that this rank wishes for, 0 for none."""
         if not self.code and self.launcher is not None and _launcher() != self.launcher:
@@ -71,6 +66,15 @@ class Stop:
 
     def _at_once(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"interrupted {self.reason}", self.code)
+
+
+def ignore() -> None:
+    """The last act of a program: schedulers are not answered any more, for Python would end by the signal while it clears up.
+
+    Not for a process that goes on: its children would inherit this.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _launcher() -> tuple[int, int] | None:

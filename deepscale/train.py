@@ -77,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prepared = prepare(settings, place, screen, loading, resumed)
             preload(prepared.plan.config)
             rows, view = train(prepared, screen, asked_to_end)
-            asked_to_end.ignore()
         if place.is_main:
             progress.show_summary(rows | ({"show": view} if view else {}), "summary")
     except errors.Interrupted:
@@ -297,4 +296,7 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    finally:
+        stop.ignore()

@@ -29,9 +29,7 @@ FOREIGN_PREFIXES = ("MLFLOW_", "SLURM_")
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fixed seeds; torch's threads, default dtype and process group as before; no settings of a tracker or a job; signals as at a start."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # a training that has ended in this process ignores them, which its children would inherit
+    """Fixed seeds; torch's threads, default dtype and process group as before; no settings of a tracker or a job."""
     for name in list(os.environ):
         if name in FOREIGN or name.startswith(FOREIGN_PREFIXES):
             monkeypatch.delenv(name)

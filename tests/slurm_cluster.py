@@ -146,7 +146,7 @@ class Cluster:
         done = subprocess.run(words, env={**os.environ, **self.environment}, cwd=cwd, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr or done.stdout}")
-        return done.stdout
+        return done.stdout or done.stderr  # sbatch --test-only answers on the second
 
     def _write(self) -> None:
         ports = _free_ports(1 + len(NODES))

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import chdir
@@ -110,6 +111,9 @@ def test_a_run_asked_to_end_goes_on_as_if_it_had_not_been(command: Command, in_t
     """Interrupted twice, once before its third step, with stochastic depth; nothing but --resume auto and the folder is typed for the rest."""
     settings = [*SHORT, "--drop-path", "0.3", "--accumulation", "2", "--record-every", "3"]
     assert command(*settings, folder="whole")[0] == 0
+    child = subprocess.Popen(["sleep", "60"])  # of a process in which a training has ended: it is to answer signals as any
+    child.terminate()
+    assert child.wait(30) == -signal.SIGTERM
     code, said = command(*settings, "--checkpoint-every", "4steps", "--checkpoint-dir", "kept", folder="parts", ask=2)
     assert code == 75
     assert said.splitlines()[-1] == (

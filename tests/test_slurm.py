@@ -87,7 +87,8 @@ def site(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_slurm_accepts_each_script(site: Site, script: str) -> None:
     """On two nodes with all their GPUs."""
-    site.cluster.command("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", f"slurm/{script}", cwd=site.folder)
+    answer = site.cluster.command("sbatch", "--test-only", "--nodes=2", "--gpus-per-node=2", f"slurm/{script}", cwd=site.folder)
+    assert re.search(r"Job \d+ to start at .* on nodes node\[1-2\]", answer), answer
 
 
 def test_ranks_and_arguments(site: Site) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import deepspeed  # noqa: F401
 
-from deepscale import tracking, train
+from deepscale import stop, tracking, train
 from deepscale.world import Doing
 
 LENGTH = 64
@@ -57,7 +57,10 @@ def become(job: dict[str, Any]) -> NoReturn:
         sys.argv = [job["script"], *job["arguments"]]
         runpy.run_path(job["script"], run_name="__main__")
     else:
-        train.main(job["arguments"])
+        try:
+            train.main(job["arguments"])
+        finally:
+            stop.ignore()  # as in the program
     sys.exit(0)
 
 
