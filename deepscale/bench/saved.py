@@ -42,7 +42,7 @@ def _measure(values: argparse.Namespace, settings: config.Config, place: world.W
         waiting, behind = saver("waiting", False), saver("behind", True)
         behind.save(0, {}, {})  # allocates the copy, which later saves use again
         behind.wait()
-        states = waiting._states()[0]
+        states = waiting._states()
         copies = {name: torch.empty_like(tensor) for name, tensor in states.items()}
         size = sum(file["bytes"] for file in _found(behind, failed).manifest["files"].values())
         raw = memoryview(torch.randint(256, (size,), dtype=torch.uint8).numpy())  # type: ignore[arg-type]

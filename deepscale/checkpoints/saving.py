@@ -1,5 +1,6 @@
 """Saving a run's state between two steps: what each rank holds, copied for a thread that writes it, or written at once (writing.py)."""
 
+import functools
 import json
 import platform
 import secrets
@@ -94,7 +95,6 @@ class Saver:
     def _described(self, step: int, progress: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], best: float | None) -> Draft:
         if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
             raise TypeError(f"the array {objects[0]} holds Python objects, which only a pickle could keep")
-        tensors, starts = self._states()
         scale = self.engine.loss_scale_state()
         manifest = {
             "format": FORMAT, "step": step, "ranks": self.world.size, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -105,10 +105,14 @@ class Saver:
         }  # fmt: skip
         manifest = json.loads(json.dumps(manifest))  # as it will be read; and whatever changes later does not change it
         folder = self.folder / f".{step_name(step)}.{self.token}-{self.attempts}.tmp"
-        return Draft(step, folder, manifest, tensors, starts, {name: np.array(array) for name, array in arrays.items()}, best)
+        return Draft(step, folder, manifest, self._states(), self._parts[1], {name: np.array(array) for name, array in arrays.items()}, best)
 
-    def _states(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """What this rank writes, by the names of its file, as views; and where its part of each parameter starts."""
+    @functools.cached_property
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """This rank's part of weights and moments by the names of its file, as views of memory that steps change in place, and where it starts.
+
+        Listed once: at depth that takes as long as copying a third of it.
+        """
         tensors: dict[str, Tensor] = {}
         starts: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
@@ -120,11 +124,15 @@ class Saver:
                 starts[name] = held.start + first
                 parts = (held.weight, held.exp_avg, held.exp_avg_sq)
                 tensors |= {f"{kind}/{name}": part[first:last] for kind, part in zip(KINDS, parts, strict=True)}
-        tensors |= {f"buffer/{name}": buffer for name, buffer in buffers_of(self.model).items()}
+        return tensors, starts
+
+    def _states(self) -> dict[str, Tensor]:
+        """What this rank writes, by the names of its file."""
+        tensors = self._parts[0] | {f"buffer/{name}": buffer for name, buffer in buffers_of(self.model).items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.world.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
-        return tensors, starts
+        return tensors
 
     def _asynchronous(self, draft: Draft) -> bool:
         """As asked, or, the first time, whether every rank's copy fits into its share of the free host memory."""
