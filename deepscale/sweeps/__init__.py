@@ -1,0 +1,1 @@
+"""Sweeps: many trainings with different settings by Ray Tune, compared in MLflow."""
