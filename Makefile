@@ -17,8 +17,9 @@ setup: ## make .venv/ ready: Debian packages where allowed, Python packages, FFC
 train: setup ## train 10,000 layers within 5 minutes (setup before it)
 	deepspeed deepscale/train.py --depth 10000 --time-budget 5m $(ARGS)
 
+# Two workers, on many cores too: most of a long test is waiting for ranks to start and to meet. A file's tests share what they set up.
 test: setup ## run the tests (setup before it)
-	pytest $(ARGS)
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup ## kill training runs 100 times at random and look for what is lost (some 20 minutes)
 	python tests/soak.py $(ARGS)

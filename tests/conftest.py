@@ -27,6 +27,15 @@ FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 FOREIGN_PREFIXES = ("MLFLOW_", "SLURM_")
 
 
+# Of minutes each: begun first, so that no worker of `make test` is left with one when the others have nothing to do.
+LONG = ("test_slurm", "test_resume_ranks", "test_faults", "test_train", "test_checkpoint_engines", "test_engine", "test_scaling", "test_bench")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of `LONG` before the others."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fixed seeds; torch's threads, default dtype and process group as before; no settings of a tracker or a job."""
