@@ -22,6 +22,7 @@ class DeepscaleError(Exception):
     """Base of the errors that end a command with one sentence on standard error."""
 
     exit_code = 1
+    told = False  # to rank 0, which says it (last_words.py)
 
 
 class UsageError(DeepscaleError):
@@ -51,13 +52,11 @@ class OutOfMemoryError(DeepscaleError):
 
 
 class LostRankError(DeepscaleError):
-    """Another rank of the run has ended; what it said itself, if anything, stands before."""
+    """Another rank of the run has ended; `why`, and which, if that could tell."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "another rank of this run has ended, and it cannot go on without: its process was killed, or its machine is gone. "
-            "Type the same with --resume auto to go on from the last checkpoint"
-        )
+    def __init__(self, why: str | None = None) -> None:
+        gone = "another rank of this run has ended, and it cannot go on without: its process was killed, or its machine is gone"
+        super().__init__(f"{why or gone}. Type the same with --resume auto to go on from the last checkpoint")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -86,9 +85,10 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             main(*arguments)
         except DeepscaleError as error:
             with suppress(KeyboardInterrupt):
-                if _rank():
+                if _rank() and not error.told:
                     time.sleep(RANK_0_FIRST_S)
-                print(f"deepscale: {error}", file=sys.stderr, flush=True)
+                if not error.told:
+                    print(f"deepscale: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt as error:
             if not _rank():

@@ -7,10 +7,13 @@ from types import TracebackType
 
 import torch
 
+from deepscale import last_words
 from deepscale.config import IN_SEGMENTS, Config
 from deepscale.errors import DeepscaleError, LostRankError, NonFiniteError, OutOfMemoryError
+from deepscale.last_words import Words
 from deepscale.models.convnext import smallest_segment
 from deepscale.tracking import Tracker
+from deepscale.world import World
 
 FINISHED, INTERRUPTED, NON_FINITE, OUT_OF_MEMORY, FAILED = "finished", "interrupted", "non_finite", "out_of_memory", "failed"
 STATUS = {FINISHED: "FINISHED", INTERRUPTED: "KILLED"}  # MLflow's word; FAILED for the rest
@@ -47,11 +50,12 @@ class Recorded:
     """A run's record, which `open` makes when it is first asked for; closed with the run's outcome, whatever happens inside `with`.
 
     Bad input that is found before leaves no record. Memory that runs out always leaves one, and is raised as OutOfMemoryError with
-    what `sentence` makes of the error; so does another rank that is gone, as LostRankError.
+    what `sentence` makes of the error; so does another rank that is gone, as LostRankError. Rank 0 says and records what ended another
+    rank first, if that could tell.
     """
 
-    def __init__(self, open: Callable[[], Tracker], sentence: Callable[[BaseException], str]) -> None:
-        self.open, self.sentence = open, sentence
+    def __init__(self, open: Callable[[], Tracker], sentence: Callable[[BaseException], str], place: World) -> None:
+        self.open, self.sentence, self.place = open, sentence, place
 
     @functools.cached_property
     def tracker(self) -> Tracker:
@@ -72,13 +76,28 @@ class Recorded:
         failure: DeepscaleError | None = None
         if error is not None and word == OUT_OF_MEMORY:
             failure = OutOfMemoryError(self.sentence(error))
-        elif error is not None and is_lost_rank(error):
-            failure = LostRankError()
+        elif error is not None and (is_lost_rank(error) or word == INTERRUPTED):
+            words = last_words.read(self.place) if self.place.is_main else None
+            if words is not None:
+                word, failure = words.outcome, _failure_of(words)
+            elif word != INTERRUPTED:
+                failure = LostRankError()
+        if word not in (FINISHED, INTERRUPTED) and not isinstance(failure, LostRankError):
+            told = last_words.leave(self.place, word, str(failure or f"{type(error).__name__}: {error}"))
+            if failure is not None:
+                failure.told = told
         if failure is not None or "tracker" in vars(self):
             self.tracker.tags({"outcome": word} | ({"outcome_text": str(failure)} if failure else {}))
             self.tracker.finish(STATUS.get(word, "FAILED"))
         if failure is not None:
             raise failure from None
+
+
+def _failure_of(words: Words) -> DeepscaleError:
+    """The error of rank 0 for that of another rank."""
+    if words.outcome == OUT_OF_MEMORY:
+        return OutOfMemoryError(f"rank {words.rank} is {words.text}")
+    return LostRankError(f"rank {words.rank} has ended: {words.text}")
 
 
 def memory_advice(settings: Config, ranks: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from ipaddress import ip_address
 
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistNetworkError
 from torch.distributed.rendezvous import register_rendezvous_handler
 
@@ -56,6 +56,12 @@ def meet(url: str, timeout: timedelta = timedelta(minutes=30), **_: object) -> I
     store = TCPStore(address, port, size, rank == 0, min(timeout, TOGETHER), master_listen_fd=listener)
     store.set_timeout(timeout)
     yield store, rank, size
+
+
+def connect(timeout: timedelta) -> Store:
+    """A connection of one's own to the store of several ranks: the process group's is in use while its thread waits for something there."""
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout, wait_for_workers=False)
+    return PrefixStore(f"deepscale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # torchrun's outlives a restart
 
 
 def _listen(address: str, port: int) -> int:

@@ -19,8 +19,9 @@ from pathlib import Path
 from signal import SIGCONT
 from typing import Any
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
+from deepscale import rendezvous
 from deepscale.progress import seconds
 from deepscale.world import World
 
@@ -29,7 +30,7 @@ PREPARATION_S = 1800.0  # at least, before the first step: data are downloaded t
 CLOSE_S = 40.0  # to close the run's record in; the tracker's own patience is 30 s
 EXIT_CODE = 1
 ENDED, FAILED = "ended", "failed"  # a rank's last phase
-KEY, OVER, CLOSED = (f"deepscale/watchdog/{name}" for name in ("", "over", "closed"))
+KEY, OVER, CLOSED = (f"watchdog/{name}" for name in ("", "over", "closed"))
 
 
 @dataclass
@@ -142,10 +143,8 @@ class Watchdog:
             self.over = json.loads(store.get(OVER))
 
     def _connected(self) -> Store:
-        """A connection of its own: the process group's is in use while the main thread waits for something there."""
         if self.store is None:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5.0 + self.interval_s), wait_for_workers=False)
+            self.store = rendezvous.connect(timedelta(seconds=5.0 + self.interval_s))
         return self.store
 
     def _line(self) -> str:

@@ -14,6 +14,9 @@ from deepscale.config import Config
 from deepscale.errors import NonFiniteError, OutOfMemoryError, UsageError
 from deepscale.outcome import Recorded, is_out_of_memory, memory_advice, outcome_of
 from deepscale.tracking import NullTracker, Tracker
+from deepscale.world import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 class Notes(NullTracker):
@@ -78,7 +81,7 @@ def recorded(error: BaseException | None, opened: bool) -> tuple[dict[str, str],
         return notes
 
     try:
-        with Recorded(tracker, lambda error: f"planned 1 GiB ({error})") as record:
+        with Recorded(tracker, lambda error: f"planned 1 GiB ({error})", ALONE) as record:
             if opened:
                 assert record.tracker is notes
             if error is not None:
