@@ -91,6 +91,13 @@ def _blocks(text: str) -> tuple[int, ...]:
     return blocks
 
 
+def _tags(text: str) -> tuple[str, ...]:
+    tags = tuple(text.split(","))
+    if not all(re.fullmatch(r"[\w./-]+=.*", tag) for tag in tags):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of tags; type for example question=depth,seen=yes")
+    return tags
+
+
 parse_count = _integer(1)
 
 
@@ -352,6 +359,7 @@ class TrackingConfig:
     vanishing_ratio: float = _option(1e-4, "the gradient vanishes where the first block's is below this share of the last block's", _real(0.0, 1.0))
     exploding_ratio: float = _option(1e3, "the gradient explodes where a block's is more than this many times the last block's", _real(1.0))
     run_name: str | None = _option(None, "name of the run; default: made of depth and what differs from the defaults")
+    tags: tuple[str, ...] | None = _option(None, "MLflow tags of the run: question=depth,seen=yes", _or("none", _tags, None))
 
 
 @dataclass(frozen=True)

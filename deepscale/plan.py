@@ -27,6 +27,7 @@ STEP_LIMIT_S = 10.0  # without a time budget
 THREADS_GAIN = 1.5
 # No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
 CORE_FLOPS = 150e9
+COPIED = 12  # bytes a parameter in a checkpoint: weight and two moments
 KEPT = {
     "keep": "activations kept",
     "selective": "a part of the activations kept",
@@ -37,10 +38,14 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration without any `auto`, what it is expected to take, and the reasons, a line each."""
+    """A configuration without any `auto`, what it is expected to take, and the reasons, a line each.
+
+    copy: bytes per rank of the copy from which checkpoints are written while training goes on, beside `memory`; 0 without one.
+    """
 
     config: Config
     memory: Memory
+    copy: int
     step_s: float | None
     notes: tuple[str, ...]
 
@@ -67,7 +72,12 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
     chosen, step_s = _fast_enough(fitting, world, shape) if world.device.type == "cpu" else (fitting[0], None)
     chosen, step_s = world.agree((chosen, step_s))
     memory = memory_of(chosen, world.size, **shape)
-    return Plan(chosen, memory, step_s, _explain(chosen, memory, machine, step_s, len(fitting) < len(candidates)))
+    asked = chosen.checkpoint
+    copy = COPIED * memory.parameters // world.size if asked.checkpoint_dir is not None and asked.async_save is not False else 0
+    notes = _explain(chosen, memory, machine, step_s, len(fitting) < len(candidates))
+    if copy:
+        notes += (f"checkpoints are written while training goes on, from a copy of {gib(copy)} where that fits",)
+    return Plan(chosen, memory, copy, step_s, notes)
 
 
 def largest(config: Config, ranks: int) -> Config:

@@ -1,6 +1,8 @@
 """Going on with a run: from which checkpoint, with which settings, and what contradicts it."""
 
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,18 @@ from deepscale.config import AUTO, Config
 from deepscale.data import Feeds
 from deepscale.data.splits import DatasetInfo
 from deepscale.errors import UsageError
+from deepscale.files import atomic
 from deepscale.progress import Progress
 from deepscale.world import World
 
 # How the network runs and where things lie: may differ from the stored run, whose results stay but for rounding.
 FREE = {
     *("data_dir", "download", "workers", "engine", "zero", "offload", "deepspeed_config", "activations", "segment", "device", "kernel", "threads"),
-    *("hang_timeout", "local_rank", "verbose", "tracking", "checkpoint_every", "checkpoint_dir", "resume", "keep", "async_save"),
+    *("hang_timeout", "local_rank", "verbose", "tracking", "tags", "checkpoint_every", "checkpoint_dir", "resume", "keep", "async_save"),
 }
 # Of these the present command's are taken, typed or not.
 OWN = {"local_rank", "verbose", "checkpoint_dir", "resume"}
+BEGUN = "run.json"  # among the checkpoints of a run that has not finished
 RESOLVED = ("threads", "workers")  # free ones that are measured or follow from the machine: kept on as many ranks, for the same rounding
 
 
@@ -101,6 +105,38 @@ def refuse_other_data(resumed: Resumed, info: DatasetInfo) -> None:
             f"the checkpoint {resumed.checkpoint.path} was trained on other images ({resumed.run['dataset']}, digest {resumed.run['digest'][:12]}) "
             f"than {info.label} from {info.location} (digest {info.digest[:12]}); give the --data-dir of that run"
         )
+
+
+def begin(asked: Config, run_id: str | None, store: str | None) -> None:
+    """Leaves beside the checkpoints which record this run has: what is killed before its first checkpoint goes on in it."""
+    folder = asked.checkpoint.checkpoint_dir
+    if folder is not None and run_id is not None:
+        with suppress(OSError), atomic(Path(folder) / BEGUN) as temporary:
+            temporary.write_text(json.dumps({"run_id": run_id, "store": store, "settings": _fixed(asked)}))
+
+
+def begun(asked: Config, store: str | None) -> str | None:
+    """MLflow's id of an earlier start of the same run that left no checkpoint; None where --resume auto was not typed or there is none."""
+    folder = asked.checkpoint.checkpoint_dir
+    if folder is not None and asked.checkpoint.resume == "auto":
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            before = json.loads((Path(folder) / BEGUN).read_text())
+            if (before["store"], before["settings"]) == (store, _fixed(asked)):
+                return str(before["run_id"])
+    return None
+
+
+def finish(asked: Config) -> None:
+    """The run has come to its end: a later one in its folder is another."""
+    if asked.checkpoint.checkpoint_dir is not None:
+        with suppress(OSError):
+            (Path(asked.checkpoint.checkpoint_dir) / BEGUN).unlink()
+
+
+def _fixed(asked: Config) -> dict[str, Any]:
+    """What makes it the same run, as JSON gives it back."""
+    settings: dict[str, Any] = json.loads(json.dumps({name: value for name, value in config.as_json(asked).items() if name not in FREE}))
+    return settings
 
 
 def described(name: str, folder: Path, feeds: Feeds, place: World) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from deepscale import (
     resume,
     stop,
     tracking,
+    tracking_lines,
     tracking_store,
     watchdog,
     world,
@@ -149,29 +150,36 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     folder = resume.folder_of(resumed) if resumed else paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
     tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
+    tags |= dict(tag.split("=", 1) for tag in settings.tracking.tags or ())
+    store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
     base = memory.reset_peak(place.device)
     with outcome.Recorded(
-        lambda: tracking.open_tracker(
-            settings.tracking,
-            run_name=name,
-            parameters=parameters,
-            tags=tags,
-            dataset=info,
-            rank=place.rank,
-            warn=screen.warn,
-            folder=folder,
-            run_id=resumed.run["run_id"] if resumed else None,
+        lambda: tracking_lines.told(
+            tracking.open_tracker(
+                settings.tracking,
+                run_name=name,
+                parameters=parameters,
+                tags=tags,
+                dataset=info,
+                rank=place.rank,
+                warn=screen.warn,
+                folder=folder,
+                run_id=resumed.run["run_id"] if resumed else resume.begun(run.asked, store),
+            ),
+            place,
         ),
         lambda error: exhausted(run, error, memory.peak_bytes(place.device)),
+        place,
     ) as record:
         place.doing.close = record.close_failed
         model = build_model(settings, info, place)
         engine = build_engine(model, settings, place, run.cpu_adam)
         memory.give_back()  # ZeRO has copied the network's own tensors
         tracker = record.tracker
+        if place.is_main:
+            resume.begin(run.asked, tracker.run_id, store)
         tracker.text("deepspeed.json", json.dumps(engine.settings, indent=2))
         records = Records(model, engine, settings, tracker, screen)
-        store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
         saving = build_saving(run, model, engine, screen, lambda: about_run(run, name, folder, tracker) | {"store": store})
         fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
         if resumed is not None:
@@ -200,6 +208,8 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         if saving.marks:
             saving.save(result.steps, result.validation["accuracy"], finished=True)
         saving.saver.close()
+    if place.is_main:
+        resume.finish(run.asked)
     return rows, tracker.view_command()
 
 
@@ -254,8 +264,8 @@ def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool
 
 
 def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds, place: world.World) -> dict[str, Any]:
-    """All settings with every `auto` resolved, and what was asked where it differs."""
-    values = config.flat(settings)
+    """All settings with every `auto` resolved, and what was asked where it differs; but what MLflow shows of a run anyway."""
+    values = {name: value for name, value in config.flat(settings).items() if name not in ("experiment", "run_name", "tags")}
     before = config.flat(asked)
     values |= {f"asked_{name}": before[name] for name in values if before[name] != values[name] and before[name] != config.AUTO}
     values["resolved_auto"] = ",".join(name for name in values if before.get(name) == config.AUTO)
@@ -272,7 +282,7 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
 
 def run_name(asked: Config, but: Collection[str] = ()) -> str:
     """A name from the depth and what was chosen by hand, `but` some settings."""
-    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "time_budget", "max_steps", "verbose", *but}
+    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "tags", "time_budget", "max_steps", "verbose", *but}
     hidden |= {"hang_timeout", "download"} | {f.name for f in dataclasses.fields(config.CheckpointConfig)}
     parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
     return " ".join([f"convnext-{asked.model.built_depth}", *parts])
@@ -280,7 +290,7 @@ def run_name(asked: Config, but: Collection[str] = ()) -> str:
 
 def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loop.Result, peak: int, base: int) -> dict[str, str]:
     """The rows of the final table."""
-    grown = max(0, peak - base)
+    grown, expected = max(0, peak - base), planned.memory.total + planned.copy
     return {
         "depth": f"{settings.model.built_depth:,} layers ({'+'.join(str(b) for b in settings.model.stage_blocks)} blocks)",
         "parameters": f"{planned.memory.parameters:,}",
@@ -291,7 +301,7 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "validation": f"{result.validation['accuracy']:.2%} of {result.validation['images']:,.0f} images, loss {result.validation['loss']:.4f}",
         "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
         "first layer": f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
-        "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(planned.memory.total)} were planned",
+        "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(expected)} were planned",
     }
 
 

@@ -438,6 +438,9 @@ def test_a_run_that_goes_on_from_an_earlier_step_puts_later_checkpoints_aside(tm
     assert [name for name in names(tmp_path) if not name.startswith("aside-step-")] == ["best.json", "step-00000001"]
     found = find(tmp_path, again.warned.append)
     assert found is not None and found.path == path and len(names(tmp_path)) == 4
+    again.step().save()
+    Training(tmp_path, keep=2).step().save()  # puts step 2 aside, and nothing is left of what was there
+    assert [name.rpartition("-")[0] for name in names(tmp_path) if name.startswith("aside-")] == ["aside-step-00000002"]
 
 
 def test_what_cannot_be_removed_is_a_warning_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

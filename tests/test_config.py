@@ -70,6 +70,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "verbose": ("", True),
     "tracking": ("", False),
     "experiment": ("depth", "depth"),
+    "tags": ("a=1,b=x=y", ("a=1", "b=x=y")),
     "record_every": ("25", 25),
     "vanishing_ratio": ("1e-3", 1e-3),
     "exploding_ratio": ("100", 100.0),

@@ -102,6 +102,32 @@ def test_a_rank_that_is_killed_ends_the_run_under_the_launcher(launch: Launch, f
     assert (recorded.status, recorded.tags["outcome"], len(recorded.losses())) == ("FAILED", "failed", 4)
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "outcome", "says"),
+    [
+        ("torch.empty(2**50)", 4, "out_of_memory", "rank 1 is out of memory on cpu: planned "),
+        ("raise ValueError('a bug')", 1, "failed", "rank 1 has ended: ValueError: a bug"),
+    ],
+)
+def test_what_ended_another_rank_is_what_the_run_says_and_records(
+    server: Server, folder: Path, fault: str, code: int, outcome: str, says: str
+) -> None:
+    script = folder / "train_until_fault.py"
+    script.write_text(
+        "import sys\nimport torch\nfrom deepscale import loop, train\none = loop.Fit._one\n"
+        "def step(fit, batches):\n"
+        f"    if fit.step == 4 and fit.run.world.rank == 1:\n        {fault}\n"
+        "    one(fit, batches)\nloop.Fit._one = step\ntrain.main(sys.argv[1:])\n"
+    )
+    with Started(server, folder, [*TORCH, "--max-steps", "1000"], 2, script=str(script)) as run:
+        assert run.end() == [code, code], run.text()
+        (sentence,) = run.said("deepscale: ")
+        assert sentence.startswith(f"deepscale: {says}"), run.text()
+    recorded = only_run(folder)
+    assert (recorded.status, recorded.tags["outcome"], len(recorded.losses())) == ("FAILED", outcome, 4)
+    assert recorded.tags["outcome_text"].startswith(says)
+
+
 def test_a_short_soak(tmp_path: Path) -> None:
     """Five kills of runs of two ranks, where `make soak` has a hundred of all kinds: nothing lost, nothing left, the same curves."""
     pytest.importorskip("deepspeed")
@@ -128,6 +154,38 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_does_not_block_it(
         third.send(signal.SIGTERM)
         assert third.end() == [75]
     assert only_run(folder).status == "KILLED"
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_keeps_its_record(server: Server, folder: Path) -> None:
+    """With --resume auto it begins again in the same MLflow run, with the tags that are given; what it is told to tell comes in lines."""
+    arguments = [
+        *TORCH,
+        "--max-steps",
+        "300",
+        "--eval-every",
+        "200",
+        "--checkpoint-every",
+        "10000steps",
+        "--checkpoint-dir",
+        "ck",
+        "--resume",
+        "auto",
+    ]
+    with Started(server, folder, [*arguments, "--tags", "question=a b"]) as first:
+        first.until_said("step 1/")
+        first.send(signal.SIGKILL)
+        assert first.end() == [-signal.SIGKILL]
+    assert only_run(folder).status == "RUNNING"
+    lines = folder / "lines"
+    with Started(server, folder, [*arguments, "--tags", "question=c=d"], 1, {"DEEPSCALE_METRICS": str(lines)}) as second:
+        assert second.end() == [0]
+    recorded = only_run(folder)
+    assert (recorded.status, recorded.tags["question"], len(recorded.losses())) == ("FINISHED", "c=d", 300)
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(line["step"], "val/accuracy" in line, "test/accuracy" in line) for line in told] == [(200, 1, 0), (300, 1, 0), (300, 0, 1)]
+    with Started(server, folder, [*arguments[:-1], "never", "--lr", "0.5", "--checkpoint-dir", "other"]) as third:
+        third.until_said("step 1/")
+    assert len(runs_in(folder)) == 2, "another run has its own"
 
 
 @pytest.fixture

@@ -142,11 +142,16 @@ class Writer:
     def _forget(self, draft: Draft) -> None:
         """Notes the best, and removes all but the last `keep` and it.
 
-        Checkpoints of later steps are damaged, or of a run that this one does not continue: they are put aside, where `find` does not look.
+        Checkpoints of later steps are damaged, or of a run that this one does not continue: they are put aside, where `find` does not look,
+        in place of what an earlier run has put there.
         """
         for later in checkpoints_in(self.folder):
             if step_of(later) > draft.step:
-                aside = later.with_name(f"aside-{later.name}-{draft.folder.name.split('.')[2]}")
+                token = draft.folder.name.split(".")[2].partition("-")[0]  # of this run of the program
+                for earlier in self.folder.glob("aside-*"):
+                    if not earlier.name.endswith(token):
+                        shutil.rmtree(earlier, ignore_errors=True)
+                aside = later.with_name(f"aside-{later.name}-{token}")
                 later.rename(aside)
                 self.warn(f"the checkpoint {later} is of a later step than this run has reached, and not one it goes on from: it is now {aside}")
         best = self._best()
