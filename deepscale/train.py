@@ -24,6 +24,7 @@ from deepscale import (
     paths,
     plan,
     progress,
+    provenance,
     resume,
     stop,
     tracking,
@@ -150,6 +151,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     folder = resume.folder_of(resumed) if resumed else paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
     tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
+    tags |= {"hardware": json.dumps(provenance.hardware()), "versions": json.dumps(provenance.versions())}
     tags |= dict(tag.split("=", 1) for tag in settings.tracking.tags or ())
     store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
     base = memory.reset_peak(place.device)

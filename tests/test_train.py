@@ -4,6 +4,7 @@ What does not need the launcher runs `main` in this process with plain torch. Da
 """
 
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -119,6 +120,7 @@ def test_a_run_on_one_rank_with_a_time_budget(launch: Launch, tmp_path: Path) ->
     assert {"resolved_steps", "resolved_eval_every", "resolved_eval_images", "resolved_dataset", "resolved_feed", "ranks"} <= set(run.settings)
     assert (run.settings["zero"], run.settings["precision"], run.settings["ranks"], run.settings["engine"]) == ("0", "fp32", "1", "deepspeed")
     assert (run.tags["dataset"], run.tags["feed"], run.tags["engine"]) == ("synthetic", "tensors", "deepspeed")
+    assert json.loads(run.tags["hardware"])["cores"] >= 1 and json.loads(run.tags["versions"])["torch"] == importlib.metadata.version("torch")
     assert [given.dataset.name for given in run.inputs] == ["synthetic"]
 
     losses = run.losses()

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepscale.bench.report import Report, check_writable, hardware
+from deepscale.bench.report import Report, check_writable
 from deepscale.config import parse_depth, parse_duration, parser
+from deepscale.provenance import hardware
 
 KERNELS = ("auto", "native", "torch")
 UNSIZED = ("rounds", "warm_up", "deep_steps", "part", "policies", "steps", "tolerance")  # how often and what, but no size that a goal is about

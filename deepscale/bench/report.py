@@ -1,22 +1,19 @@
 """What a bench prints and writes: rows of repeated measurements, goals beside them, and where they were measured."""
 
 import json
-import os
-import platform
 import shlex
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from deepscale.errors import UsageError
 from deepscale.files import atomic
+from deepscale.provenance import versions
 
 GB = 1e9
-PACKAGES = ("torch", "deepspeed", "ffcv")
 
 
 @dataclass(frozen=True)
@@ -172,34 +169,3 @@ def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing."""
     with atomic(path, "the table above holds the numbers") as temporary:
         temporary.write_text(text)
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, GPU, and how busy the machine is now: its load of the last minute."""
-    import torch
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    memory = _first("/proc/meminfo", "MemTotal")
-    gib = f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"
-    cpu = _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
-    return {"CPU": cpu, "cores": len(os.sched_getaffinity(0)), "memory": gib, "GPU": gpu, "load before": round(os.getloadavg()[0], 1)}
-
-
-def _first(file: str, name: str) -> str:
-    """The value of the first line `name: value`, or nothing."""
-    try:
-        lines = Path(file).read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -20,12 +20,13 @@ from typing import Any
 
 from deepscale import drawing
 from deepscale.bench.options import Options, say, settings_of
-from deepscale.bench.report import Report, Row, check_writable, versions, write_json, write_text
+from deepscale.bench.report import Report, Row, check_writable, write_json, write_text
 from deepscale.bench.scaling_page import draw, page
 from deepscale.bench.scaling_study import MB, MODES, Study, joined, launch_of, point_of, points_from
 from deepscale.bench.worker import run_here, run_ranks
 from deepscale.config import TrackingConfig, parse_count
 from deepscale.errors import UsageError
+from deepscale.provenance import versions
 from deepscale.tracking import open_tracker
 
 EXPERIMENT = "deepscale-scaling"
