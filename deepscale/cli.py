@@ -17,6 +17,7 @@ COMMANDS = {
     "gradflow": ("deepscale.gradflow.command", "probe a network before training; the verdict of a recorded run"),
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
     "merge": ("deepscale.merge", "copy the runs of many jobs' stores into one"),
+    "sweep": ("deepscale.sweeps.show", "the results of a sweep, also while it runs"),
     "report": ("deepscale.report.command", "an offline page of runs: gradient against depth, table, heatmaps; sends what is unsent"),
 }
 

@@ -23,8 +23,6 @@ fail() {
 begin_job() {
     [[ -n ${DEEPSCALE_SHARED:-} ]] || fail "DEEPSCALE_SHARED is not set: give the folder that all nodes see in slurm/cluster.sh"
     command -v deepscale >/dev/null || fail "there is no command deepscale on $(hostname): see the second line of slurm/cluster.sh"
-    ID=$SLURM_JOB_ID # of one task: the last of an array has the number of the whole array as well
-    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || ID=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     NAME=${DEEPSCALE_JOB:-$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
     JOB=$DEEPSCALE_SHARED/jobs/$NAME${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     mkdir -p "$JOB" || fail "$JOB cannot be made: is $DEEPSCALE_SHARED (slurm/cluster.sh) there on $(hostname), and yours?"
@@ -91,12 +89,9 @@ listening() {
     [[ ! -d $JOB/ranks || ${#ranks[@]} -ge $((SLURM_JOB_NUM_NODES * TASKS)) ]]
 }
 
-# Whether a partition's GraceTime is running, at whose end Slurm would requeue the job; one that ends before is forgotten.
-preempted() { scontrol --oneliner show job "$ID" 2>/dev/null | grep -q 'JobState=RUNNING .*PreemptTime=[0-9]'; }
-
 # supervise COMMAND...: waits for the command. On USR1, which Slurm sends before the time limit (#SBATCH --signal), it asks the command to
 # stop, and puts the job back into the queue. Ends the script with the command's exit code.
-# SIGTERM is a scancel or a preemption. Slurm sends it to the ranks as well, and requeues by itself what it preempts at once.
+# SIGTERM is a scancel or a preemption. Slurm sends it to the ranks as well, and knows whether such a job shall run again.
 supervise() {
     local asked='' seconds=0 code=0 child
     trap 'asked=yes' USR1
@@ -115,18 +110,11 @@ supervise() {
     # 138: USR1 came after Python had put down its handlers, at the very end.
     if [[ -n $asked ]] && ((code == INTERRUPTED || code == 138)); then
         say "stopped by the signal before the time limit; back into the queue to go on from the checkpoint"
-        requeue
-    elif ((code == INTERRUPTED)) && preempted; then
-        say "stopped for a job that goes before; back into the queue to go on from the checkpoint"
-        requeue
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        say "Slurm did not requeue the job"
     fi
-    ((code != INTERRUPTED)) || say "stopped after a checkpoint; where Slurm does not requeue the job, type DEEPSCALE_JOB=$NAME before the same sbatch ..."
+    ((code != INTERRUPTED)) || say "stopped after a checkpoint; to go on, type DEEPSCALE_JOB=$NAME before the same sbatch ..."
     exit "$code"
-}
-
-requeue() {
-    scontrol requeue "$ID" && exit 0
-    say "Slurm did not requeue the job"
 }
 
 # train NODES ARGUMENTS...: trains with what `deepscale prepare` left; goes on where an earlier start of this job stopped.
