@@ -98,14 +98,20 @@ class Saver:
         scale = self.engine.loss_scale_state()
         manifest = {
             "format": FORMAT, "step": step, "ranks": self.world.size, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "tensors": {name: list(shape_of(parameter)) for name, parameter in self.model.named_parameters()},
-            "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(self.model).items()},
             "optimizer_steps": steps_of(self.engine.optimizer), "loss_scale": None if scale is None else list(scale),
             "best": best, "versions": self.versions, "progress": progress, **self.about,
         }  # fmt: skip
-        manifest = json.loads(json.dumps(manifest))  # as it will be read; and whatever changes later does not change it
+        manifest = self._shapes | json.loads(json.dumps(manifest))  # as it will be read; and whatever changes later does not change it
         folder = self.folder / f".{step_name(step)}.{self.token}-{self.attempts}.tmp"
         return Draft(step, folder, manifest, self._states(), self._parts[1], {name: np.array(array) for name, array in arrays.items()}, best)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, Any]:
+        """What a manifest says of all tensors."""
+        return {
+            "tensors": {name: list(shape_of(parameter)) for name, parameter in self.model.named_parameters()},
+            "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(self.model).items()},
+        }
 
     @functools.cached_property
     def _parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
