@@ -1,0 +1,125 @@
+"""`python tune/sweep.py SPACE.yaml`: every trial of a space as a training of its own, and the table of what they reached."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepscale import config, errors
+from deepscale.config import parse_count
+from deepscale.errors import UsageError
+from deepscale.paths import as_folder
+from deepscale.progress import show_summary
+from deepscale.sweeps import driver, space
+from deepscale.sweeps.space import Space, Trial
+from deepscale.sweeps.trial import Sweep, ended
+from deepscale.tracking_store import Store, cause, shown, store_uri
+
+KEYS = ("search", "samples", "scheduler", "seeds", "metric", "mode", "converged")
+
+
+@errors.command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a sweep, or what is left of it."""
+    given, typed = _parser().parse_known_args(arguments)
+    asked_space = _space(given, typed)
+    trials = space.trials(asked_space)
+    name = given.name or asked_space.name
+    folder = given.folder.absolute() / as_folder(name)
+    if folder.exists() and not given.resume:
+        raise UsageError(f"there is a sweep {name} already, in {folder}; type --resume to go on with it, or --name NAME for a new one")
+    own_stores = "MLFLOW_TRACKING_URI" not in os.environ and "SLURM_JOB_ID" in os.environ
+    experiment = given.experiment or name
+    asked = driver.Asked(
+        given.address, given.nodes, given.gpus_per_trial, given.cpus_per_trial, given.ranks_per_trial, given.concurrent, given.max_failures
+    )
+    with driver.cluster(asked) as ray:
+        taken = driver.resources(ray, asked)
+        environment = {key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "DEEPSCALE_"))}
+        if not own_stores:
+            environment["MLFLOW_TRACKING_URI"] = store_uri()
+            _make_experiment(experiment)
+        sweep = Sweep(
+            asked_space, name, experiment, str(folder), os.getcwd(), environment, time.strftime("%Y%m%d-%H%M%S"), taken.ranks, taken.cpus, own_stores
+        )
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        with driver.Stop(sweep.stop_file) as stop:
+            left = driver.left_of(sweep, trials)
+            results = driver.run(sweep, left, taken, asked, stop) if left else []
+    failed = _show(sweep, trials, results)
+    if failed:
+        raise errors.DeepscaleError(f"{failed:,} of {len(trials):,} trainings failed; type the same with --resume to try only these once more")
+    if driver.left_of(sweep, trials):
+        raise SystemExit(stop.code or errors.AGAIN)
+
+
+def _parser() -> Any:
+    command = config.parser(
+        "python tune/sweep.py",
+        "Train with every combination of settings, as many at a time as there are GPUs or cores. Other options are settings of deepscale/train.py.",
+    )
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=A,B", help="a setting and its values; several times, instead of a SPACE"
+    )
+    command.add_argument("--name", help="name of the sweep, its folder and its MLflow experiment (default: the space's)")
+    command.add_argument("--experiment", help="MLflow experiment (default: the sweep's name)")
+    command.add_argument("--folder", type=Path, default=Path("sweeps"), help="where sweeps lie; all nodes must see it (default: sweeps)")
+    command.add_argument("--resume", action="store_true", help="go on with the sweep of this name where it has begun; what has ended stays")
+    for key in KEYS:
+        command.add_argument(f"--{key}", metavar="X", help=f"`{key}` of the space")
+    cluster = command.add_argument_group("what a trial takes, and of which cluster")
+    cluster.add_argument("--gpus-per-trial", type=float, help="GPUs of a trial: 1, 2, 8, or 0.5 to share one (default: 1 where there is one)")
+    cluster.add_argument("--cpus-per-trial", type=parse_count, help="cores of a trial (default: 1 a rank, or the share of its GPUs)")
+    cluster.add_argument("--ranks-per-trial", type=parse_count, help="processes of a trial (default: 1 for each of its GPUs)")
+    cluster.add_argument("--concurrent", type=parse_count, help="most trials at a time (default: as many as fit)")
+    cluster.add_argument("--max-failures", type=int, default=2, help="how often a trial that crashed is tried again (default: 2)")
+    cluster.add_argument("--address", help="HOST:PORT of a Ray cluster (default: RAY_ADDRESS, else a cluster of this machine for the sweep alone)")
+    cluster.add_argument("--nodes", type=parse_count, default=1, help="nodes to wait for")
+    return command
+
+
+def _space(given: Any, typed: list[str]) -> Space:
+    """The space that is asked for: a file among what is typed, or the grids."""
+    files = [word for i, word in enumerate(typed) if word.endswith((".yaml", ".yml")) or (i == 0 and not word.startswith("-"))]
+    if len(files) + bool(given.grid) != 1:
+        raise UsageError("give one space, for example tune/spaces/small.yaml, or --grid layerscale_init=0,0.01,1")
+    keys = {key: value for key in KEYS if (value := getattr(given, key)) is not None}
+    overrides = [word for word in typed if word not in files]
+    if given.grid:
+        return space.of_axes(given.name or "sweep", given.grid, overrides, keys)
+    return space.read(Path(files[0]), overrides, keys)
+
+
+def _make_experiment(name: str) -> None:
+    """The database and the experiment, once, before many trainings ask for them. Raises UsageError for a store that fails."""
+    uri = store_uri()
+    try:
+        Store(uri, name, "", 0, run_id="").open()
+    except ImportError:
+        raise errors.MissingPackageError("mlflow", None, "a sweep") from None
+    except Exception as error:
+        raise UsageError(f"{shown(uri)} {cause(error)}; set MLFLOW_TRACKING_URI to a store that works") from None
+
+
+def _show(sweep: Sweep, trials: list[Trial], results: list[Any]) -> int:
+    """Prints how each trial ended; the number of those that failed."""
+    metric = sweep.space.metric
+    known = {result.config["number"]: result for result in results}
+    rows, failed = {}, 0
+    for trial in trials:
+        result, outcome = known.get(trial.number), ended(sweep.place(trial))
+        metrics = (result.metrics or {}) if result else {}
+        if outcome is not None:
+            rows[trial.label] = f"{metrics[metric]:.2%}" if outcome == "finished" and metric in metrics else outcome
+        else:
+            error = metrics.get("error") or (result is not None and result.error and str(result.error).strip().splitlines()[-1])
+            failed += bool(error)
+            rows[trial.label] = str(error or "not ended")
+    show_summary(rows, f"{sweep.name}: {metric}")
+    return failed
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
