@@ -130,6 +130,8 @@ train() {
 
 # begin_ray: a Ray cluster of the job's own on its nodes, which ends with the script. Who has no token cannot talk to it.
 begin_ray() {
+    # A worker that ends leaves its training to write a checkpoint, and none is ended for the memory of others.
+    export RAY_kill_child_processes_on_worker_exit=0 RAY_memory_monitor_refresh_ms=0
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB/ray-token RAY_ADDRESS
     RAY_ADDRESS=$(ip_of "$(address_of "$(hosts | head -n 1)")"):$MASTER_PORT
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")

@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked_space = _space(given, typed)
     trials = space.trials(asked_space)
     name = given.name or asked_space.name
-    folder = given.folder.absolute() / as_folder(name)
+    if name != as_folder(name) or name.startswith("."):
+        raise UsageError(f"--name {name} is no name of a folder; type letters, digits, - and _")
+    folder = given.folder.absolute() / name
     if folder.exists() and not given.resume:
         raise UsageError(f"there is a sweep {name} already, in {folder}; type --resume to go on with it, or --name NAME for a new one")
     own_stores = "MLFLOW_TRACKING_URI" not in os.environ and "SLURM_JOB_ID" in os.environ
@@ -76,7 +78,7 @@ def _parser() -> Any:
     cluster.add_argument("--concurrent", type=parse_count, help="most trials at a time (default: as many as fit)")
     cluster.add_argument("--max-failures", type=int, default=2, help="how often a trial that crashed is tried again (default: 2)")
     cluster.add_argument("--address", help="HOST:PORT of a Ray cluster (default: RAY_ADDRESS, else a cluster of this machine for the sweep alone)")
-    cluster.add_argument("--nodes", type=parse_count, default=1, help="nodes to wait for")
+    cluster.add_argument("--nodes", type=parse_count, help="nodes to wait for, where the cluster is being started")
     return command
 
 

@@ -24,10 +24,11 @@ from deepscale.sweeps.trial import Sweep, ended, trainable
 
 NODES_WAIT_S = 180.0
 REACH_S = 10.0
-# Of a Ray of this machine: nothing is sent to anybody, no process is ended for the memory of others.
+# Nothing is sent to anybody, no worker is ended for the memory of others, and a worker that ends leaves its training to write a checkpoint.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_kill_child_processes_on_worker_exit": "0",
     "RAY_DEDUP_LOGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files per trial that nobody reads: the trainings record in MLflow
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -50,7 +51,7 @@ class Asked:
     """Of a sweep, what the command line says of Ray. None: as much as there is, or what follows from the rest."""
 
     address: str | None = None
-    nodes: int = 1
+    nodes: int | None = None
     gpus_per_trial: float | None = None
     cpus_per_trial: int | None = None
     ranks_per_trial: int | None = None
@@ -71,7 +72,7 @@ def cluster(asked: Asked) -> Iterator[Any]:
     except ImportError:
         raise errors.MissingPackageError("ray", "sweep", "a sweep") from None
     if address is not None:
-        _check_reachable(address)
+        _check_reachable(address, NODES_WAIT_S if asked.nodes else 0.0)
     # A bare init would join whatever cluster it finds.
     own = {} if address else {"include_dashboard": False, "object_store_memory": 100_000_000}
     try:
@@ -79,7 +80,7 @@ def cluster(asked: Asked) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}; start one: ray start --head") from None
     try:
-        _wait_for_nodes(ray, asked.nodes)
+        _wait_for_nodes(ray, asked.nodes or 1)
         yield ray
     finally:
         ray.shutdown()
@@ -200,16 +201,23 @@ class Stop:
             os.write(2, b"\nsweep: stopping; every training keeps a checkpoint first (Ctrl-C again: at once)\n")
 
 
-def _check_reachable(address: str) -> None:
-    """Raises UsageError for an address where nobody listens: Ray itself would try for minutes."""
+def _check_reachable(address: str, patience_s: float) -> None:
+    """Raises UsageError for an address where nobody listens: Ray itself would try for minutes. `patience_s`: for a cluster that is being started."""
     if address in ("auto", "local") or "://" in address:
         return
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), REACH_S).close()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "no answer"
-        raise UsageError(f"no Ray cluster answers at {address} ({reason}); give --address HOST:PORT as `ray start --head` prints it") from None
+    limit = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), REACH_S).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > limit or isinstance(error, ValueError):
+                reason = getattr(error, "strerror", None) or str(error) or "no answer"
+                raise UsageError(
+                    f"no Ray cluster answers at {address} ({reason}); give --address HOST:PORT as `ray start --head` prints it"
+                ) from None
+        time.sleep(0.5)
 
 
 def _wait_for_nodes(ray: Any, count: int) -> None:
