@@ -44,13 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             environment["MLFLOW_TRACKING_URI"] = store_uri()
             _make_experiment(experiment)
         sweep = Sweep(
-            asked_space, name, experiment, str(folder), os.getcwd(), environment, time.strftime("%Y%m%d-%H%M%S"), taken.ranks, taken.cpus, own_stores
-        )
+            asked_space, name, experiment, str(folder), os.getcwd(), environment, len(trials),
+            time.strftime("%Y%m%d-%H%M%S"), taken.ranks, taken.cpus, own_stores,
+        )  # fmt: skip
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         with driver.Stop(sweep.stop_file) as stop:
             left = driver.left_of(sweep, trials)
-            results = driver.run(sweep, left, taken, asked, stop) if left else []
-    failed = _show(sweep, trials, results)
+            known = driver.run(sweep, left, taken, asked, stop) if left else []
+    failed = _show(sweep, trials, known)
     if failed:
         raise errors.DeepscaleError(f"{failed:,} of {len(trials):,} trainings failed; type the same with --resume to try only these once more")
     if driver.left_of(sweep, trials):

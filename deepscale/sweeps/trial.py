@@ -27,8 +27,8 @@ from typing import Any
 from deepscale import errors
 from deepscale.files import atomic
 from deepscale.sweeps.space import Space, Trial, training_arguments
+from deepscale.sweeps.tags import FINISHED, NON_FINITE, OUT_OF_MEMORY, STOPPED_EARLY, tags
 
-FINISHED, NON_FINITE, OUT_OF_MEMORY, STOPPED_EARLY = "finished", "non_finite", "out_of_memory", "stopped_early"
 REFUSED, INTERRUPTED = "refused", "interrupted"
 TOLD = ("step", "val/accuracy", "val/loss", "test/accuracy")
 # Exit codes of a training after which nothing is left to train: these are results, and a second try would end in the same way.
@@ -54,6 +54,7 @@ class Sweep:
     folder: str
     working_folder: str
     environment: Mapping[str, str]
+    trials: int
     start: str
     ranks: int = 1
     threads: int = 1
@@ -74,11 +75,10 @@ class Sweep:
 
     def command(self, trial: Trial) -> list[str]:
         """What is typed for the trial."""
-        tags = {"sweep": self.name, "space": self.space.name, "trial": str(trial.number)}
         named = {
             "experiment": self.experiment,
             "run-name": f"{self.name} {trial.label}",
-            "tags": ",".join(f"{name}={value}" for name, value in tags.items()),
+            "tags": ",".join(f"{name}={value}" for name, value in tags(self.name, self.space, trial.number, self.trials).items()),
             "checkpoint-dir": str(self.place(trial) / "checkpoints"),
             "resume": "auto",
         }
