@@ -25,6 +25,8 @@ begin_job() {
     command -v deepscale >/dev/null || fail "there is no command deepscale on $(hostname): see the second line of slurm/cluster.sh"
     NAME=${DEEPSCALE_JOB:-$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
     JOB=$DEEPSCALE_SHARED/jobs/$NAME${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    [[ -z ${DEEPSCALE_JOB:-} || -d $JOB || -n $(compgen -G "$DEEPSCALE_SHARED/jobs/${NAME}_*") ]] ||
+        fail "DEEPSCALE_JOB=$NAME names no job of $DEEPSCALE_SHARED/jobs: give the name of a folder there, without an array's _0, or leave it out"
     mkdir -p "$JOB" || fail "$JOB cannot be made: is $DEEPSCALE_SHARED (slurm/cluster.sh) there on $(hostname), and yours?"
     JOB=$(cd "$JOB" && pwd)
     export JOB DEEPSCALE_OPS_DIR=${DEEPSCALE_OPS_DIR:-$DEEPSCALE_SHARED/ops}

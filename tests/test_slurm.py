@@ -163,12 +163,16 @@ def test_a_dead_node_requeues_its_job(site: Site) -> None:
 
 
 def test_what_is_missing_gets_a_sentence(site: Site) -> None:
-    """A ladder without depths or with more tasks than depths; a shared folder that is not there."""
+    """A ladder without depths or with more tasks than depths; an earlier job or a shared folder that is not there."""
     lines = site.folder / "slurm" / "cluster.sh"
     jobs = [site.submit("--array=0", "slurm/ladder.sbatch", "--max-steps", "1"), site.submit("--array=2", "slurm/ladder.sbatch", "26,104")]
     assert {site.end(job) for job in jobs} == {"FAILED"}
     assert "the depths come first, as in: sbatch --array=0-2 slurm/ladder.sbatch 26,1004,10001" in site.output(jobs[0])
     assert "array task 2 has no depth among 26,104: submit with --array=0-1" in site.output(jobs[1])
+    job = site.submit("--export=ALL,DEEPSCALE_JOB=train-7", "any.sbatch", "true")
+    assert site.end(job) == "FAILED"
+    assert f"DEEPSCALE_JOB=train-7 names no job of {site.jobs}" in site.output(job)
+    assert not (site.jobs / "train-7").exists()
     lines.write_text(re.sub(r"^export DEEPSCALE_SHARED=.*", "export DEEPSCALE_SHARED=/proc/nowhere", lines.read_text(), flags=re.M))
     job = site.submit("any.sbatch", "true")
     assert site.end(job) == "FAILED"
