@@ -216,4 +216,4 @@ def test_a_sweep_that_is_not_there_lists_those_that_are(
     assert "there is no mlflow.db below empty" in refused("show", "depth", "--stores", "empty")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     assert "possible: components" in refused("show", "it's depth")
-    assert "the command 'other' is not known; possible: show" in refused("other")
+    assert "the command 'other' is not known; possible: show, summary" in refused("other")

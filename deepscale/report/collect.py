@@ -22,6 +22,7 @@ FROM_METRICS = {
     "peak_memory_bytes": "perf/peak_memory_over_start_bytes",
 }
 STEP_S, FIRST_LAYER = "perf/step_s", "grad/first_layer_mean_abs"
+KIND, SUMMARY = "kind", "summary"  # the tag of a run that trained nothing: it sums a sweep up
 VERDICT, VERDICT_TEXT, OUTCOME = "gradient_verdict", "gradient_verdict_text", "outcome"
 
 
@@ -51,7 +52,7 @@ def named(names: Sequence[str], experiment: str | None) -> list[ReportRun]:
 def of_experiment(experiment: str) -> tuple[list[ReportRun], list[str]]:
     """The runs of an experiment, newest first, and a sentence for those without a record."""
     reader = Reader()
-    found = reader.runs(experiment)
+    found = [run for run in reader.runs(experiment) if run.data.tags.get(KIND) != SUMMARY]
     if not found:
         raise UsageError(f"the experiment {experiment!r} has no run; train one: deepspeed deepscale/train.py --experiment {experiment}")
     runs = [from_mlflow(reader, run) for run in found]

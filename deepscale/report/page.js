@@ -118,6 +118,7 @@ function start() {
   byId("which").append(el("option", { value: "", disabled: true, selected: true }, "choose a run"), ...runs.map((run) => el("option", { value: run.id }, run.name)));
   byId("which").onchange = (event) => choose(runs.find((run) => run.id === event.target.value));
   byId("which").parentElement.hidden = single;
+  if (data.sweep) showSweep(data.sweep);
   if (!single) table();
   drawAll();
   if (single) choose(runs[0]);

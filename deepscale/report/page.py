@@ -26,7 +26,7 @@ from deepscale.report.tables import FILES, FIRST_LAYER, curve_csv, quantity_csv,
 from deepscale.report.thin import chosen
 
 INDEX = "index.html"
-SCRIPTS = ("plot", "chart", "runs", "table", "one", "page")  # one script in this order: the last starts it
+SCRIPTS = ("plot", "chart", "runs", "table", "sweep", "one", "page")  # one script in this order: the last starts it
 MOST_POINTS = 1000  # of a curve
 FEWEST_POINTS = 250
 ALL_POINTS = 120_000  # of all runs' curves of one quantity at one record
@@ -34,12 +34,20 @@ RUN_POINTS, RUN_RECORDS = 500, 100  # of one run's heatmap
 SINGLE_FILE_RUNS = 20
 
 
-def write_report(runs: Sequence[ReportRun], folder: Path, *, title: str = "", warnings: Sequence[str] = (), single_file: bool = False) -> Path:
-    """Writes `folder`/index.html with its files, or all in that one file; returns its path.
+def write_report(
+    runs: Sequence[ReportRun],
+    folder: Path,
+    *,
+    title: str = "",
+    warnings: Sequence[str] = (),
+    single_file: bool = False,
+    sweep: dict[str, Any] | None = None,
+) -> Path:
+    """Writes `folder`/index.html with its files, or all in that one file; returns its path. sweep: what sweep.js shows above the runs.
 
     Raises UsageError for no runs, for none with a record, for more than 20 in a single file, and for a folder that cannot be written.
     """
-    return write_page(runs, folder / INDEX, title=title, warnings=warnings, single_file=single_file, tables=True)
+    return write_page(runs, folder / INDEX, title=title, warnings=warnings, single_file=single_file, tables=True, sweep=sweep)
 
 
 def write_page(
@@ -50,6 +58,7 @@ def write_page(
     title: str = "",
     warnings: Sequence[str] = (),
     tables: bool = False,
+    sweep: dict[str, Any] | None = None,
 ) -> Path:
     """Writes one page of runs, and with `tables` the CSV files behind its figures.
 
@@ -64,6 +73,8 @@ def write_page(
             raise UsageError(page.warnings[-1])
         data: dict[str, Any] = {"title": title, "warnings": page.warnings, "runs": rows, "places": page.places}
         data |= {"quantities": {key: text for key, (_, text) in QUANTITIES.items()}, "numbers": NUMBERS, "settings": differing(runs)}
+        if sweep is not None:
+            data["sweep"] = sweep
         if tables:
             data["table"] = page.keep("runs.csv", lambda: runs_csv(runs))
         data |= {"details": page.details, "files": page.files}

@@ -26,7 +26,7 @@ NUMBERS = {
     "val/accuracy": "validation",
     "test/accuracy": "test",
     "train/loss": "training loss",
-    "grad/first_layer_mean_abs": "first layer's mean |g|",
+    "grad/first_layer_mean_abs": "first layer's gradient",
     "perf/seconds": "seconds",
 }
 
@@ -35,16 +35,21 @@ NUMBERS = {
 class Row:
     """One trial. settings: all of the run's, resolved, as text. numbers: last values of `NUMBERS`' metrics, the sweep's metric among them.
 
-    outcome: one of `ENDED`, "running", or how a start ended that is tried again. steps: optimiser steps until the last validation.
+    outcome: one of `ENDED`, "running", or how a start ended that is tried again. curve: (step, value) of the sweep's metric.
     """
 
     number: int
     settings: dict[str, str]
     outcome: str
-    steps: int
     numbers: dict[str, float]
+    curve: tuple[tuple[int, float], ...]
     run: MlflowRun = field(repr=False, compare=False)
     reader: Reader = field(repr=False, compare=False)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps until the last validation."""
+        return self.curve[-1][0] if self.curve else 0
 
     @property
     def seed(self) -> int:
@@ -165,9 +170,8 @@ def read(name: str, readers: Sequence[Reader]) -> Sweep:
 def _row(reader: Reader, run: MlflowRun) -> Row:
     metric = run.data.tags.get(METRIC, ACCURACY)
     numbers = {name: value for name in (*NUMBERS, metric) if math.isfinite(value := run.data.metrics.get(name, math.nan))}
-    validated = reader.history(run, ACCURACY)
     outcome = RUNNING if run.info.status == "RUNNING" else run.data.tags.get("outcome", run.info.status.lower())
-    return Row(int(run.data.tags[TRIAL]), dict(run.data.params), outcome, validated[-1][0] if validated else 0, numbers, run, reader)
+    return Row(int(run.data.tags[TRIAL]), dict(run.data.params), outcome, numbers, tuple(reader.history(run, metric)), run, reader)
 
 
 def _counts_before(row: Row, other: Row) -> bool:

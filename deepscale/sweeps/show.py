@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deepscale import config, merge
 from deepscale.errors import UsageError, unknown_choice
+from deepscale.paths import as_folder
 from deepscale.sweeps import results, rows, table
 from deepscale.sweeps.tags import ENDED
 from deepscale.tracking_read import Reader
@@ -12,11 +13,12 @@ from deepscale.tracking_store import DEFAULT_STORE
 
 
 def main(arguments: list[str]) -> None:
-    """Runs `show`."""
-    known = {"show": show}
+    """Runs `show` or `summary`."""
+    known = {"show": show, "summary": summary}
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: deepscale sweep COMMAND [options]     (starting one: python tune/sweep.py tune/spaces/small.yaml)\n")
         print("  show     the table of a sweep, also while it runs; CSV; a small JSON file per trial")
+        print("  summary  its figures and report page, also while it runs, and its summary run in MLflow")
         return
     if arguments[0] not in known:
         raise unknown_choice("the command", arguments[0], known)
@@ -37,6 +39,19 @@ def show(arguments: list[str]) -> None:
     if given.rows:
         written = rows.write(sweep, given.rows)
         print(f"{given.rows}: {len(written):,} new of {sum(row.outcome in ENDED for row in sweep.rows):,} ended trials", file=sys.stderr)
+
+
+def summary(arguments: list[str]) -> None:
+    """Writes figures, page and summary run, as the sweep itself does at its end."""
+    parser = config.parser("deepscale sweep summary", "Write the figures and the report page of a sweep, and its summary run in MLflow.")
+    parser.add_argument("name", metavar="NAME", help="name of the sweep, as MLflow's tag `sweep` has it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write (default: sweeps/NAME)")
+    parser.add_argument("--stores", nargs="+", type=Path, metavar="FOLDER", help=f"read every {DEFAULT_STORE} below folders instead of one store")
+    given = parser.parse_args(arguments)
+    from deepscale.sweeps.summary import write
+
+    sweep = results.read(given.name, readers(given.stores))
+    print(write(sweep, given.out or Path("sweeps") / as_folder(given.name)).text())
 
 
 def readers(folders: list[Path] | None) -> list[Reader]:

@@ -12,14 +12,21 @@ from deepscale.sweeps.tags import FINISHED
 
 def text(sweep: Sweep, each: bool = False) -> str:
     """Title, table in Markdown, and what its columns are. each: a line per trial."""
+    return "\n".join([title(sweep), "", *markdown(cells(sweep, each), len(sweep.axes) + each), "", note(sweep, each)])
+
+
+def cells(sweep: Sweep, each: bool = False) -> list[list[str]]:
+    """The table, its first line the headings; columns in which nothing is known are left out."""
     head, lines = _trials(sweep) if each else _points(sweep)
-    empty = [all(line[i] in ("", "–") for line in lines) for i in range(len(head))]
-    table = [[cell for cell, without in zip(line, empty, strict=True) if not without] for line in [head, *lines]]
-    left = len(sweep.axes) + each
+    known = [name in sweep.axes or any(line[i] not in ("", "–") for line in lines) for i, name in enumerate(head)]
+    return [[cell for cell, shown in zip(line, known, strict=True) if shown] for line in [head, *lines]]
+
+
+def note(sweep: Sweep, each: bool = False) -> str:
+    """What the columns are."""
     good = "highest" if sweep.mode == "max" else "lowest"
     several = "" if each or sweep.seeds < 2 else "mean ± standard deviation over the seeds of each line; "
-    note = f"{several}sorted by {sweep.metric}, {good} first; converged: validation accuracy above {sweep.above:.0%}"
-    return "\n".join([title(sweep), "", *markdown(table, left), "", note])
+    return f"{several}sorted by {sweep.metric}, {good} first; converged: validation accuracy above {sweep.above:.0%}"
 
 
 def title(sweep: Sweep) -> str:
