@@ -188,6 +188,7 @@ def _switch(default: bool | Auto, text: str) -> Any:
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
 SKIP_NAMES = ("identity", "none")
+INIT_NAMES = ("normal", "kaiming", "orthogonal")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
 ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
 IN_SEGMENTS = ("recompute", "offload")
@@ -217,6 +218,7 @@ class ModelConfig(_Checked):
     norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}", _choice(NORM_NAMES))
     norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
     skip: str = _option("identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}", _choice(SKIP_NAMES))
+    init: str = _option("normal", "initial weights: normal (deviation 0.02), kaiming (He), or orthogonal", _choice(INIT_NAMES))
     layerscale_init: float | None | Auto = _option(
         AUTO,
         "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, none without",

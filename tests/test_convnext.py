@@ -12,10 +12,10 @@ from policies import in_segments
 from torch import Tensor, nn
 
 from deepscale.activations import Recompute
-from deepscale.config import ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
+from deepscale.config import ACTIVATION_NAMES, INIT_NAMES, NORM_NAMES, SKIP_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
 from deepscale.models.components import RunningStatistics, commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly, stack_blocks, stack_tensors
-from deepscale.models.initial import STD, fill
+from deepscale.models.initial import INITS, STD, fill, orthogonal
 from deepscale.models.naming import load_plain, to_plain
 from deepscale.models.reference import PlainBlock, PlainConvNeXt
 from deepscale.models.stack import BlockStack
@@ -330,7 +330,10 @@ def initial_values(model: ModelConfig, seed: int, stack_size: int) -> dict[str, 
     return to_plain(ConvNeXt(model, stack_size=stack_size).initialise(seed))
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "batchnorm", "layerscale_init": 1e-6, "layerscale_shape": "channel"}, {"layerscale_init": None}])
+VARIANTS: list[dict[str, Any]] = [{}, {"norm": "batchnorm", "layerscale_init": 1e-6, "layerscale_shape": "channel"}, {"layerscale_init": None}]
+
+
+@pytest.mark.parametrize("settings", [*VARIANTS, {"init": "kaiming"}, {"init": "orthogonal"}, {"init": "orthogonal", "width": 1}])
 def test_initial_values_are_the_plain_ones_whatever_the_stack_size(settings: dict[str, Any]) -> None:
     """Every parameter and buffer, bit for bit, for stacks of 1, 3 and 100 blocks."""
     model = config(**settings)
@@ -342,15 +345,16 @@ def test_initial_values_are_the_plain_ones_whatever_the_stack_size(settings: dic
             assert torch.equal(ours[name], value), f"{name} in stacks of {size}"
 
 
-def test_initial_values_do_not_depend_on_what_was_made_before() -> None:
+@pytest.mark.parametrize("init", INIT_NAMES)
+def test_initial_values_do_not_depend_on_what_was_made_before(init: str) -> None:
     """Neither on torch's global seed, nor on parameters filled in another order, nor on the default dtype."""
-    model = config()
+    model = config(init=init)
     expected = initial_values(model, 0, 3)
     torch.manual_seed(99)
     ConvNeXt(model, stack_size=2).initialise(8)
     plain = PlainConvNeXt(model)
     for name, parameter in reversed(list(plain.named_parameters())):
-        fill(parameter, name, 0, model.gamma_init)
+        fill(parameter, name, 0, model.gamma_init, init)
     torch.set_default_dtype(torch.float64)
     double = initial_values(model, 0, 3)
     for name, value in expected.items():
@@ -390,6 +394,43 @@ def test_initial_values_are_drawn_as_published() -> None:
         expected = 1e-6 if name.endswith("gamma") else 0.0 if name.endswith("bias") else 1.0
         assert torch.equal(value, torch.full_like(value, expected)), name
     assert len(rest) + sum(name.endswith(("conv.weight", "1.weight", "2.weight", "linear.weight")) for name in state) == len(state)
+
+
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of convolutions and the linear layer, (out, in * side * side)."""
+    return {name: value.flatten(1) for name, value in state.items() if name.endswith(("conv.weight", "1.weight", "2.weight", "linear.weight"))}
+
+
+def test_kaimings_weights_have_the_deviation_of_their_fan_in() -> None:
+    """Every layer of 2,000 weights and more within 5 sigma of sqrt(2 / fan in), and torch's own of the same shape has that deviation, too."""
+    weights = weights_of(initial_values(ModelConfig(blocks=(1, 1, 2, 1), width=16, patch_size=1, init="kaiming"), 0, 3))
+    large = {name: value for name, value in weights.items() if value.numel() >= 2_000}
+    assert {value.shape[1] for value in large.values()} >= {64, 128, 256, 512}
+    for name, value in large.items():
+        expected = math.sqrt(2 / value.shape[1])
+        torch_s = nn.init.kaiming_normal_(torch.empty_like(value), nonlinearity="relu", generator=torch.Generator().manual_seed(0))
+        for drawn_values in (value, torch_s):
+            assert drawn_values.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * value.numel())), name
+    assert weights["stages.3.blocks.0.dwconv.weight"].std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.15)
+
+
+def test_orthogonal_weights_keep_lengths() -> None:
+    """Every matrix times its transpose, on its shorter side, is the identity; a depthwise filter has norm 1. And none is like another."""
+    state = initial_values(ModelConfig(blocks=(1, 1, 2, 1), width=16, patch_size=2, init="orthogonal"), 0, 3)
+    for name, weight in weights_of(state).items():
+        w = weight.double()
+        if "dwconv" in name:
+            assert (w.norm(dim=1) - 1).abs().max() < 1e-6, name
+            assert (w @ w.t() - torch.eye(len(w))).abs().max() > 0.1, "each has a direction of its own"
+        else:
+            short = w @ w.t() if len(w) <= w.shape[1] else w.t() @ w
+            assert (short - torch.eye(len(short), dtype=w.dtype)).abs().max() < 1e-5, name
+    draws = torch.stack([orthogonal((1, 8, 4), torch.Generator().manual_seed(seed))[0] for seed in range(400)])
+    assert draws.mean(0).abs().max() < 5 / math.sqrt(400 * 8), "drawn evenly: no entry leans to a side"
+
+
+def test_every_init_is_known_by_name() -> None:
+    assert set(INITS) == set(INIT_NAMES)
 
 
 PINNED = {

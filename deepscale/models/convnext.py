@@ -167,7 +167,7 @@ class ConvNeXt(nn.Module):
         parameters = dict(self.named_parameters())
         for plain, where in self.plain_names():
             parameter = parameters[where.name]
-            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config.gamma_init)
+            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config.gamma_init, self.config.init)
         for module in self.modules():
             if isinstance(module, RunningStatistics):
                 module.reset_parameters()

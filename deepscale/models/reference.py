@@ -91,7 +91,7 @@ class PlainConvNeXt(nn.Module):
     def initialise(self, seed: int) -> "PlainConvNeXt":
         """Writes the same initial values as the stacked network's."""
         for name, parameter in self.named_parameters():
-            fill(parameter, name, seed, self.config.gamma_init)
+            fill(parameter, name, seed, self.config.gamma_init, self.config.init)
         for module in self.modules():
             if isinstance(module, RunningStatistics):
                 module.reset_parameters()
