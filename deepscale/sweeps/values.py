@@ -13,7 +13,7 @@ from deepscale.errors import UsageError, unknown_choice
 
 YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 # Settings that a sweep gives each of its trials itself.
-OWN = ("seed", "experiment", "run_name", "tracking", "checkpoint_dir", "resume", "local_rank")
+OWN = ("seed", "experiment", "run_name", "tags", "tracking", "checkpoint_dir", "resume", "local_rank")
 _FIELDS = {f.name: f for group in config.GROUPS for f in dataclasses.fields(group)}
 KNOWN = tuple(name for name in _FIELDS if name not in OWN)
 
