@@ -167,6 +167,31 @@ def test_the_summary_of_several_stores_lies_in_the_store_of_the_environment(
     assert [run.info.run_name for run in Reader().runs()] == ["components summary"]
 
 
+def test_what_a_sweep_ends_with(folder: Path, in_tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From one store, and from stores of the trials' own, where the summary gets one beside them; without any result a note."""
+    with contextlib.chdir(folder):
+        summary.show("components", folder / "sweeps/components", "Which activation?", own_stores=False)
+    said = capsys.readouterr().out
+    assert said.startswith("components: 9 trials, 6 started: 6 finished\n")
+    assert said.splitlines()[-2:] == [
+        "report  sweeps/components/report/index.html", "mlflow  mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1",
+    ]  # fmt: skip
+    for number, accuracy in enumerate((0.4, 0.5, 0.6), 1):
+        place = in_tmp_path / "job" / "trials" / str(number)
+        place.mkdir(parents=True)
+        shutil.copy(empty_store, place)
+        record(place, number, "gelu", "0.0", number, accuracy)
+    shutil.copy(empty_store, "job")
+    for _ in range(2):  # the second one finds the summary of the first below the folder, too
+        summary.show("components", in_tmp_path / "job", "Which activation?", own_stores=True)
+        said = capsys.readouterr().out
+        assert "50.00 ± 10.00 %" in said and "mlflow  deepscale merge job, then mlflow ui" in said
+    assert [run.info.run_name for run in Reader(f"sqlite:///{in_tmp_path}/job/mlflow.db").runs()] == ["components summary"]
+    assert not Path("mlflow.db").exists()
+    summary.show("other", in_tmp_path / "job", "", own_stores=True)
+    assert "note    the results are not summed up: no trial of a sweep 'other'" in capsys.readouterr().out
+
+
 def test_what_cannot_be_made_is_a_note_and_the_rest_is_there(in_tmp_path: Path, empty_store: Path) -> None:
     """Trials without records have no page; a store that is no database."""
     shutil.copy(empty_store, ".")

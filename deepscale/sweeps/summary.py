@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepscale import merge
 from deepscale.errors import UsageError
 from deepscale.files import atomic
 from deepscale.paths import relative_to_here
 from deepscale.report import collect
 from deepscale.report.collect import KIND, SUMMARY
 from deepscale.report.page import write_report
-from deepscale.sweeps import figures, importance, table
+from deepscale.sweeps import figures, importance, results, table
 from deepscale.sweeps.importance import Importance
 from deepscale.sweeps.results import RUNNING, Sweep
 from deepscale.sweeps.tags import SPACE, SWEEP
+from deepscale.tracking import view_command
 from deepscale.tracking_read import Reader
-from deepscale.tracking_store import Op, Store, cause, shown, sqlite_path, store_uri
+from deepscale.tracking_store import DEFAULT_STORE, Op, Store, cause, shown, sqlite_path, store_uri
 
 QUESTION, NOTE = "question", "mlflow.note.content"
 LONGEST_NOTE = 7000  # characters of the description: MLflow's limit for a tag is 8,000
@@ -40,6 +42,22 @@ class Summary:
         """What to look at, and what is missing."""
         where = f"report  {relative_to_here(self.page)}" if self.page else f"files   {relative_to_here(self.folder)}"
         return "\n".join([where, *(f"note    {note}" for note in self.notes)])
+
+
+def show(name: str, folder: Path, question: str, own_stores: bool) -> None:
+    """What a sweep ends with: prints its table, writes the summary into `folder`, and prints where it is and how to open MLflow.
+
+    own_stores: the trials' runs lie in stores below `folder`, and the summary run gets one of its own there. Never raises for a store.
+    """
+    uri = f"sqlite:///{folder / DEFAULT_STORE}" if own_stores else store_uri()
+    try:
+        places = [f"sqlite:///{path}" for path in merge.found([folder])] if own_stores else [uri]
+        sweep = results.read(name, [Reader(place) for place in places])
+        print(table.text(sweep), end="\n\n")
+        print(write(sweep, folder, question=question, uri=uri).text())
+    except UsageError as error:
+        print(f"note    the results are not summed up: {error}")
+    print(f"mlflow  deepscale merge {relative_to_here(folder)}, then {view_command(store_uri())}" if own_stores else f"mlflow  {view_command(uri)}")
 
 
 def write(sweep: Sweep, folder: Path, *, question: str = "", uri: str | None = None) -> Summary:
