@@ -136,6 +136,38 @@ def test_every_setting_is_typed_back_as_it_was_read() -> None:
             assert config.flat(config.parse(values.arguments(name, text)))[name] == chosen
 
 
+SPACES = Path(__file__).parent.parent / "tune" / "spaces"
+TRIALS = {"components": 48, "depth": 24, "inits": 27, "layerscale": 39, "search": 16, "small": 16}
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_repositorys_spaces_are_what_their_names_say(name: str) -> None:
+    path = SPACES / f"{name}.yaml"
+    assert path.read_text().startswith("# "), "a comment on the question"
+    own = space.read(path)
+    every = space.trials(own)
+    assert len(every) == TRIALS[name] and own.question.endswith("?")
+    settings = [config.parse(space.training_arguments(own, trial.settings)) for trial in every]
+    assert len(set(settings)) == len(every)
+    networks = [(s.model, s.data.batch_size, s.recipe.seed, s.recipe.lr, s.recipe.weight_decay) for s in settings]
+    assert len(set(networks)) == len(every), "two trials train the same"
+    if name == "depth":
+        assert [str(s.model.built_depth) for s in settings[:8]] == list(own.grid["depth"]), "depths that can be built"
+
+
+def test_the_repository_has_no_other_spaces() -> None:
+    assert {path.stem for path in SPACES.iterdir()} == TRIALS.keys()
+
+
+def test_the_searched_space_is_its_grids() -> None:
+    """Optuna draws from the ranges whose ends the grid has, and trains as many points."""
+    grid, drawn = space.read(SPACES / "search.yaml"), space.read(SPACES / "search.yaml", keys={"search": "optuna", "scheduler": "asha"})
+    assert drawn.axes == grid.axes and not drawn.grid and drawn.samples == len(space.trials(grid)) and drawn.scheduler == "asha"
+    for name, bounds in drawn.ranges.items():
+        values_there = [float(text) for text in grid.grid[name]]
+        assert (bounds.low, bounds.high) == (min(values_there), max(values_there)) and bounds.log
+
+
 Q = "question: Which?\n"
 MISTAKES = {
     "": "my.yaml holds no `key: value`",
