@@ -109,6 +109,11 @@ class Reader:
         points = self.history(run, metric)
         return statistics.median(value for _, value in points) if points else None
 
+    def tag(self, run: MlflowRun, name: str, value: str) -> None:
+        """Sets a tag of a run that has ended."""
+        with self._errors():
+            self._client.set_tag(run.info.run_id, name, value)
+
     def artifact(self, run: MlflowRun, name: str) -> Path | None:
         """The path of an artifact, None where the run has none of this name; from a server it is fetched, and removed at exit."""
         place = urlsplit(run.info.artifact_uri or "")

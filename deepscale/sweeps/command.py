@@ -12,9 +12,10 @@ from deepscale.config import parse_count
 from deepscale.errors import UsageError
 from deepscale.paths import as_folder
 from deepscale.progress import show_summary
-from deepscale.sweeps import driver, space
+from deepscale.sweeps import driver, search, space
 from deepscale.sweeps.space import Space, Trial
-from deepscale.sweeps.trial import Sweep, ended
+from deepscale.sweeps.tags import FINISHED
+from deepscale.sweeps.trial import Sweep
 from deepscale.tracking_store import Store, cause, shown, store_uri
 
 KEYS = ("search", "samples", "scheduler", "seeds", "metric", "mode", "converged")
@@ -25,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a sweep, or what is left of it."""
     given, typed = _parser().parse_known_args(arguments)
     asked_space = _space(given, typed)
-    trials = space.trials(asked_space)
     name = given.name or asked_space.name
     if name != as_folder(name) or name.startswith("."):
         raise UsageError(f"--name {name} is no name of a folder; type letters, digits, - and _")
@@ -44,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             environment["MLFLOW_TRACKING_URI"] = store_uri()
             _make_experiment(experiment)
         sweep = Sweep(
-            asked_space, name, experiment, str(folder), os.getcwd(), environment, len(trials),
+            asked_space, name, experiment, str(folder), os.getcwd(), environment, search.count(asked_space),
             time.strftime("%Y%m%d-%H%M%S"), taken.ranks, taken.cpus, own_stores,
         )  # fmt: skip
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         with driver.Stop(sweep.stop_file) as stop:
-            left = driver.left_of(sweep, trials)
-            known = driver.run(sweep, left, taken, asked, stop) if left else []
-    failed = _show(sweep, trials, known)
+            known = driver.run(sweep, driver.searching(sweep), taken, asked, stop) if driver.unfinished(sweep) else []
+    driver.record_ends(sweep)
+    failed = _show(sweep, known)
     if failed:
-        raise errors.DeepscaleError(f"{failed:,} of {len(trials):,} trainings failed; type the same with --resume to try only these once more")
-    if driver.left_of(sweep, trials):
+        raise errors.DeepscaleError(f"{failed:,} of {sweep.trials:,} trainings failed; type the same with --resume to try only these once more")
+    if driver.unfinished(sweep):
         raise SystemExit(stop.code or errors.AGAIN)
 
 
@@ -106,20 +106,16 @@ def _make_experiment(name: str) -> None:
         raise UsageError(f"{shown(uri)} {cause(error)}; set MLFLOW_TRACKING_URI to a store that works") from None
 
 
-def _show(sweep: Sweep, trials: list[Trial], results: list[Any]) -> int:
+def _show(sweep: Sweep, results: list[Any]) -> int:
     """Prints how each trial ended; the number of those that failed."""
-    metric = sweep.space.metric
-    known = {result.config["number"]: result for result in results}
-    rows, failed = {}, 0
-    for trial in trials:
-        result, outcome = known.get(trial.number), ended(sweep.place(trial))
-        metrics = (result.metrics or {}) if result else {}
-        if outcome is not None:
-            rows[trial.label] = f"{metrics[metric]:.2%}" if outcome == "finished" and metric in metrics else outcome
-        else:
-            error = metrics.get("error") or (result is not None and result.error and str(result.error).strip().splitlines()[-1])
-            failed += bool(error)
-            rows[trial.label] = str(error or "not ended")
+    metric, failed, rows = sweep.space.metric, 0, {}
+    errors_of = {result.config["number"]: (result.metrics or {}).get("error") or result.error for result in results}
+    for number, record in search.begun(Path(sweep.folder) / "trials").items():
+        outcome = record.get("outcome")
+        if outcome is None and errors_of.get(number):
+            failed, outcome = failed + 1, str(errors_of[number]).strip().splitlines()[-1]
+        value = record["last"].get(metric) if outcome == FINISHED else None
+        rows[Trial(number, record["settings"]).label] = f"{value:.2%}" if value is not None else outcome or "not ended"
     show_summary(rows, f"{sweep.name}: {metric}")
     return failed
 

@@ -19,11 +19,18 @@ from typing import Any
 
 from deepscale import errors
 from deepscale.errors import UsageError
-from deepscale.sweeps.space import Trial
+from deepscale.sweeps import search
+from deepscale.sweeps.space import Trial, trials
+from deepscale.sweeps.tags import ENDED as ENDS
+from deepscale.sweeps.tags import FINISHED, STOPPED_EARLY, SWEEP, TRIAL
 from deepscale.sweeps.trial import Sweep, ended, trainable
+from deepscale.tracking_read import Reader
+
+Search = search.Listed | search.Optuna
 
 NODES_WAIT_S = 180.0
 REACH_S = 10.0
+RECORDED = "recorded"  # in a trial's folder: MLflow knows how it has ended
 # Nothing is sent to anybody, no worker is ended for the memory of others, and a worker that ends leaves its training to write a checkpoint.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -117,19 +124,20 @@ def _bundles(node: dict[str, float], taken: Resources) -> int:
     return int(min(node.get("CPU", 0) // taken.cpus, node.get("GPU", 0) / taken.gpus + 1e-9 if taken.gpus else math.inf))
 
 
-def run(sweep: Sweep, left: list[Trial], taken: Resources, asked: Asked, stop: "Stop") -> list[Any]:
+def run(sweep: Sweep, searching: Search, taken: Resources, asked: Asked, stop: "Stop") -> list[Any]:
     """Trains what is left; Ray's results, one for each trial that it knew."""
     from ray import tune
 
     space = sweep.space
+    scheduler = search.scheduler(space)
     bundle = {"CPU": taken.cpus} | ({"GPU": taken.gpus} if taken.gpus else {})
     group = tune.PlacementGroupFactory([bundle] * taken.ranks, strategy="PACK")
     tuner = tune.Tuner(
         tune.with_resources(trainable(sweep), group),
         param_space={name: tune.choice([""]) for name in (*space.axes, "seed")},  # columns of Ray's table
         tune_config=tune.TuneConfig(
-            metric=space.metric, mode=space.mode, num_samples=len(left), max_concurrent_trials=asked.concurrent,
-            search_alg=_listed(left, stop), trial_name_creator=lambda trial: f"{trial.config['number']:03}",
+            metric=space.metric, mode=space.mode, num_samples=sweep.trials, max_concurrent_trials=asked.concurrent, scheduler=scheduler,
+            search_alg=_searcher(sweep, searching, stop), trial_name_creator=lambda trial: f"{trial.config['number']:03}",
             trial_dirname_creator=lambda trial: f"{trial.config['number']:03}",
         ),
         run_config=tune.RunConfig(
@@ -141,26 +149,30 @@ def run(sweep: Sweep, left: list[Trial], taken: Resources, asked: Asked, stop: "
     return list(tuner.fit())
 
 
-def _listed(left: list[Trial], stop: "Stop") -> Any:
-    """A search of Tune's that gives these trials in their order."""
+def _searcher(sweep: Sweep, searching: Search, stop: "Stop") -> Any:
+    """A search as Tune asks one."""
     from ray.tune.search import Searcher
 
-    class Listed(Searcher):  # type: ignore[misc]
+    class Asked(Searcher):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(metric=None, mode=None)
-            self.left = list(left)
+            self.given: dict[str, Trial] = {}
 
         def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str:
-            if not self.left or stop.code:
+            record_ends(sweep)
+            trial = None if stop.code else searching.next()
+            if trial is None:
                 return str(Searcher.FINISHED)
-            trial = self.left.pop(0)
+            self.given[trial_id] = trial
             return {"number": trial.number, **trial.settings}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            """Nothing follows from a result."""
+            last = result or {}
+            outcome = None if error else last.get("outcome", STOPPED_EARLY)
+            searching.tell(self.given[trial_id].number, outcome if outcome in ENDS else None, last)
 
         def save(self, checkpoint_path: str) -> None:
             """What is left follows from the trials' folders."""
@@ -168,12 +180,35 @@ def _listed(left: list[Trial], stop: "Stop") -> Any:
         def restore(self, checkpoint_path: str) -> None:
             """Never called."""
 
-    return Listed()
+    return Asked()
 
 
-def left_of(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
-    """The trials that have not ended."""
-    return [trial for trial in trials if ended(sweep.place(trial)) is None]
+def searching(sweep: Sweep) -> Search:
+    """The sweep's search, which knows what earlier starts of the sweep have trained."""
+    space, folder = sweep.space, Path(sweep.folder) / "trials"
+    replay = space.scheduler != "none"  # a scheduler is told again what it has known of trials that have ended
+    if space.search == "optuna":
+        return search.Optuna(space, search.begun(folder), replay)
+    return search.Listed([trial for trial in trials(space) if replay or ended(sweep.place(trial)) is None])
+
+
+def unfinished(sweep: Sweep) -> int:
+    """How many of the sweep's trials have not ended."""
+    return sweep.trials - sum("outcome" in record for record in search.begun(Path(sweep.folder) / "trials").values())
+
+
+def record_ends(sweep: Sweep) -> None:
+    """Says in MLflow how trials have ended that could not say it themselves: one that a scheduler stops knows only of a signal."""
+    for number, record in search.begun(Path(sweep.folder) / "trials").items():
+        trial = Trial(number, record["settings"])
+        done = sweep.place(trial) / RECORDED
+        if record.get("outcome", FINISHED) == FINISHED or done.exists():
+            continue
+        with suppress(UsageError):  # a store that fails now may work at the next call
+            reader = Reader(sweep.store(trial) or sweep.environment["MLFLOW_TRACKING_URI"])
+            for run in reader.runs(sweep.experiment, f"tags.{SWEEP} = '{sweep.name}' and tags.{TRIAL} = '{number}'"):
+                reader.tag(run, "outcome", record["outcome"])
+            done.touch()
 
 
 class Stop:

@@ -4,6 +4,7 @@ Ranks are programs of their own, `python -m deepscale.train ...`, as from any la
 memory. Rank 0 is started by the worker that Ray gives the trial, every other one by an actor in the bundle of its cores and GPU.
 
     SWEEP/trials/007-activation=gelu_seed=1/
+        trial.json       its number and settings
         output.txt       what rank 0 has said; output-1.txt of rank 1, and so on
         metrics.jsonl    its validations, which are told to Tune
         checkpoints/     it goes on from here
@@ -11,6 +12,7 @@ memory. Rank 0 is started by the worker that Ray gives the trial, every other on
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -26,6 +28,8 @@ from typing import Any
 
 from deepscale import errors
 from deepscale.files import atomic
+from deepscale.sweeps import values
+from deepscale.sweeps.search import BEGUN, ENDED
 from deepscale.sweeps.space import Space, Trial, training_arguments
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, OUT_OF_MEMORY, STOPPED_EARLY, tags
 
@@ -33,7 +37,7 @@ REFUSED, INTERRUPTED = "refused", "interrupted"
 TOLD = ("step", "val/accuracy", "val/loss", "test/accuracy")
 # Exit codes of a training after which nothing is left to train: these are results, and a second try would end in the same way.
 ENDS = {0: FINISHED, errors.NonFiniteError.exit_code: NON_FINITE, errors.OutOfMemoryError.exit_code: OUT_OF_MEMORY}
-ENDED, STOP = "ended.json", "stop"
+STOP = "stop"
 # Whatever ends Ray's worker asks the training to stop, which then keeps a checkpoint.
 END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a trial is a world of its own
@@ -135,9 +139,10 @@ class Training:
         self.last: dict[str, Any] = {}
         self.read_bytes, self.outcome = 0, ended(self.place)
         self.told_step = self._told_step()
+        self.steps = _steps(sweep.space)
         self.ranks: list[Any] = []
         if self.outcome is None and not sweep.stop_file.exists():
-            self.place.mkdir(parents=True, exist_ok=True)
+            self._write(BEGUN)
             _wait_for_predecessor(self.place / "checkpoints")
             self._start()
 
@@ -233,15 +238,18 @@ class Training:
 
     def _result(self, outcome: str) -> dict[str, Any]:
         metric = self.sweep.space.metric
-        values = {metric: float("nan")} | self.last
+        told = {"step": 0, metric: math.nan} | self.last
         if outcome in (NON_FINITE, OUT_OF_MEMORY, REFUSED):
-            values[metric] = float("nan")
-        return {"step": 0} | values | {"done": True, "outcome": outcome}
+            told[metric] = math.nan
+        return told | {"done": True, "outcome": outcome}
 
     def _keep(self, outcome: str) -> None:
         self.outcome = outcome
-        with atomic(self.place / ENDED) as path:
-            path.write_text(json.dumps({"outcome": outcome, "number": self.trial.number, "settings": self.trial.settings}))
+        self._write(ENDED, outcome=outcome, last=self.last)
+
+    def _write(self, name: str, **more: Any) -> None:
+        with atomic(self.place / name) as path:
+            path.write_text(json.dumps({"number": self.trial.number, "settings": self.trial.settings, **more}))
 
     def _next_line(self) -> bool:
         """Takes the next line that holds the metric and that Tune does not know; whether there was one."""
@@ -256,10 +264,10 @@ class Training:
                 break
             self.read_bytes += len(line)
             with suppress(ValueError):  # the writer was killed within it
-                values = json.loads(line)
-                self.last |= {name: values[name] for name in TOLD if name in values}
-                if self.sweep.space.metric in values and values["step"] > self.told_step:
-                    self.told_step = values["step"]
+                said = json.loads(line)
+                self.last |= {name: said[name] for name in TOLD if name in said}
+                if self.sweep.space.metric in said and self.told_step < said["step"] < self.steps:
+                    self.told_step = said["step"]
                     self.told.write_text(f"{self.sweep.start} {self.told_step}")
                     return True
         return False
@@ -291,6 +299,12 @@ def trainable(sweep: Sweep) -> type:
             self.training.close()
 
     return SweepTrial
+
+
+def _steps(space: Space) -> float:
+    """The step whose validation is told with the end, so that no scheduler stops a training that is complete; inf where it is not known."""
+    given = values.value("max_steps", space.fixed["max_steps"]) if "max_steps" in space.fixed else None
+    return math.inf if given is None else int(given)
 
 
 def last_words(path: Path) -> str:
