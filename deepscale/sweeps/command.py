@@ -115,7 +115,7 @@ def _show(sweep: Sweep, results: list[Any]) -> int:
         if outcome is None and errors_of.get(number):
             failed, outcome = failed + 1, str(errors_of[number]).strip().splitlines()[-1]
         value = record["last"].get(metric) if outcome == FINISHED else None
-        rows[Trial(number, record["settings"]).label] = f"{value:.2%}" if value is not None else outcome or "not ended"
+        rows[f"{number:>3} {Trial(number, record['settings']).label}"] = f"{value:.2%}" if value is not None else outcome or "not ended"
     show_summary(rows, f"{sweep.name}: {metric}")
     return failed
 

@@ -17,7 +17,7 @@ from deepscale.sweeps.space import Space, Trial, settings_of, trials
 from deepscale.sweeps.tags import FINISHED, STOPPED_EARLY
 
 BEGUN, ENDED = "trial.json", "ended.json"  # in a trial's folder
-SEED = 0  # of Optuna's sampler
+SEED = 0  # of Optuna's sampler; more by the trials of earlier starts, which it would draw again
 REDUCTION = 3  # ASHA goes on with the best third of each rung
 RUNGS = 2  # before the end: at a ninth and at a third of the steps
 
@@ -63,7 +63,7 @@ class Optuna:
         self.space, self.state, self.seeds = space, optuna.trial.TrialState, len(space.seeds)
         self.distributions = _distributions(optuna.distributions, space)
         startup = max(4, (space.samples or 0) // 4)  # drawn evenly, before it models what is good
-        sampler = optuna.samplers.TPESampler(seed=SEED, n_startup_trials=startup, constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=SEED + len(known), n_startup_trials=startup, constant_liar=True)
         self.study = optuna.create_study(direction="maximize" if space.mode == "max" else "minimize", sampler=sampler)
         self.asked: list[Any] = []  # Optuna's trials: the points
         self.told: dict[int, tuple[str | None, Mapping[str, Any]]] = {}  # number -> its end
