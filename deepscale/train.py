@@ -49,6 +49,7 @@ from deepscale.resume import Resumed
 from deepscale.saving import Saving
 from deepscale.tracking import Tracker
 
+NAMES = ("experiment", "run_name", "tags", "checkpoint_dir")  # settings that MLflow has as something else than a parameter
 LEAVE_S, LOST_S = 60.0, 2.0  # for a checkpoint that is being written when the run ends, and when a rank is gone
 
 
@@ -151,6 +152,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     folder = resume.folder_of(resumed) if resumed else paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
     tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
+    tags |= {"checkpoint_dir": settings.checkpoint.checkpoint_dir} if settings.checkpoint.checkpoint_dir else {}
     tags |= {"hardware": json.dumps(provenance.hardware()), "versions": json.dumps(provenance.versions())}
     tags |= dict(tag.split("=", 1) for tag in settings.tracking.tags or ())
     store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
@@ -266,8 +268,8 @@ def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool
 
 
 def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds, place: world.World) -> dict[str, Any]:
-    """All settings with every `auto` resolved, and what was asked where it differs; but what MLflow shows of a run anyway."""
-    values = {name: value for name, value in config.flat(settings).items() if name not in ("experiment", "run_name", "tags")}
+    """All settings with every `auto` resolved, and what was asked where it differs; but not what differs by name alone when runs are compared."""
+    values = {name: value for name, value in config.flat(settings).items() if name not in NAMES}
     before = config.flat(asked)
     values |= {f"asked_{name}": before[name] for name in values if before[name] != values[name] and before[name] != config.AUTO}
     values["resolved_auto"] = ",".join(name for name in values if before.get(name) == config.AUTO)

@@ -108,9 +108,9 @@ def test_a_run_on_one_rank_with_a_time_budget(launch: Launch, tmp_path: Path) ->
     assert run.status == "FINISHED"
 
     asked = config.parse([*TINY, "--lr", "0.01", "--time-budget", "6s", "--checkpoint-dir", "weights", "--seed", "3"])
-    settings = {name: value for name, value in config.flat(asked).items() if name not in ("experiment", "run_name", "tags")}  # MLflow's own
+    settings = {name: value for name, value in config.flat(asked).items() if name not in ("experiment", "run_name", "tags", "checkpoint_dir")}
     assert set(settings) <= set(run.settings)
-    by_hand = {name: value for name, value in config.differing(asked).items() if name != "local_rank"}
+    by_hand = {name: value for name, value in config.differing(asked).items() if name not in ("local_rank", "checkpoint_dir")}
     assert {name: run.settings[name] for name in ("lr", "time_budget", "seed", "depth", "width")} == {
         "lr": "0.01", "time_budget": "6.0", "seed": "3", "depth": "14", "width": "4",
     }  # fmt: skip
@@ -120,6 +120,7 @@ def test_a_run_on_one_rank_with_a_time_budget(launch: Launch, tmp_path: Path) ->
     assert {"resolved_steps", "resolved_eval_every", "resolved_eval_images", "resolved_dataset", "resolved_feed", "ranks"} <= set(run.settings)
     assert (run.settings["zero"], run.settings["precision"], run.settings["ranks"], run.settings["engine"]) == ("0", "fp32", "1", "deepspeed")
     assert (run.tags["dataset"], run.tags["feed"], run.tags["engine"]) == ("synthetic", "tensors", "deepspeed")
+    assert run.tags["checkpoint_dir"] == "weights" and "checkpoint_dir" not in run.settings  # the comparison of runs opens with what differs
     assert json.loads(run.tags["hardware"])["cores"] >= 1 and json.loads(run.tags["versions"])["torch"] == importlib.metadata.version("torch")
     assert [given.dataset.name for given in run.inputs] == ["synthetic"]
 
