@@ -1,5 +1,6 @@
 """What `--dry-run` says of a sweep's trials: memory and time as the planner has them, once for all trials that take the same."""
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from deepscale.config import Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
 from deepscale.plan_command import process_bytes
-from deepscale.sweeps import preview, space
+from deepscale.sweeps import command, driver, preview, space
 from deepscale.sweeps.preview import FFCV_S, START_S, Cost, Planned
 
 TINY = """
@@ -106,6 +107,33 @@ def test_optunas_points_are_planned_at_the_middle_of_their_ranges(tmp_path: Path
         "Optuna draws 16 points, of which the middle is planned above: lr 0.0001 to 0.01",
         "16 trials, 2 at a time: about 13 m 20 s, less what asha stops early",
     ]
+
+
+class TwoNodes:
+    """Ray as it describes a cluster that is not here: two nodes of 16 cores and 4 GPUs, and one that is gone."""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        node = {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}}
+        return [node, node, node | {"Alive": False}]
+
+
+@pytest.mark.usefixtures("known_cost")
+def test_a_dry_run_counts_with_what_the_cluster_has_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "cluster", lambda asked: contextlib.nullcontext(TwoNodes()))
+    (tmp_path / "my.yaml").write_text(TINY + "grid: {max_steps: [10, 20, 30, 40]}\nseeds: [0, 1, 2]\n")
+    (tmp_path / "sweeps" / "my").mkdir(parents=True)  # what a sweep of this name has left keeps nobody from looking
+    for options, at_once in (([], 8), (["--gpus-per-trial", "2"], 4), (["--gpus-per-trial", "0.5"], 12), (["--concurrent", "3"], 3)):
+        command.main(["my.yaml", "--dry-run", *options])
+        said = capsys.readouterr().out
+        assert f"12 trials, {at_once} at a time: about" in said
+        assert ("6.0 GiB" if "2" in options else "3.0 GiB") in said  # of all ranks of a trial
+    assert {path.name for path in tmp_path.iterdir()} == {"my.yaml", "sweeps"} and not list((tmp_path / "sweeps" / "my").iterdir())
+    with pytest.raises(SystemExit) as refused:
+        command.main(["my.yaml", "--dry-run", "--gpus-per-trial", "16"])
+    assert refused.value.code == 2
 
 
 def test_ffcv_takes_longer_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

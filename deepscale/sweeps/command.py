@@ -12,12 +12,13 @@ from deepscale.config import parse_count
 from deepscale.errors import UsageError
 from deepscale.paths import as_folder
 from deepscale.progress import show_summary
-from deepscale.sweeps import driver, search, space
+from deepscale.sweeps import driver, preview, search, space
 from deepscale.sweeps.space import Space, Trial
 from deepscale.sweeps.tags import FINISHED
 from deepscale.sweeps.trial import Sweep
 from deepscale.tracking_store import Store, cause, shown, store_uri
 
+MANY = 10**6  # trials at a time: as many as fit
 KEYS = ("search", "samples", "scheduler", "seeds", "metric", "mode", "converged")
 
 
@@ -26,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a sweep, or what is left of it."""
     given, typed = _parser().parse_known_args(arguments)
     asked_space = _space(given, typed)
+    asked = driver.Asked(
+        given.address, given.nodes, given.gpus_per_trial, given.cpus_per_trial, given.ranks_per_trial, given.concurrent, given.max_failures
+    )
+    if given.dry_run:
+        _preview(asked_space, asked)
+        return
     name = given.name or asked_space.name
     if name != as_folder(name) or name.startswith("."):
         raise UsageError(f"--name {name} is no name of a folder; type letters, digits, - and _")
@@ -34,9 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UsageError(f"there is a sweep {name} already, in {folder}; type --resume to go on with it, or --name NAME for a new one")
     own_stores = "MLFLOW_TRACKING_URI" not in os.environ and "SLURM_JOB_ID" in os.environ
     experiment = given.experiment or name
-    asked = driver.Asked(
-        given.address, given.nodes, given.gpus_per_trial, given.cpus_per_trial, given.ranks_per_trial, given.concurrent, given.max_failures
-    )
     with driver.cluster(asked) as ray:
         taken = driver.resources(ray, asked)
         environment = {key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "DEEPSCALE_"))}
@@ -58,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(stop.code or errors.AGAIN)
 
 
+def _preview(asked_space: Space, asked: driver.Asked) -> None:
+    with driver.cluster(asked) as ray:
+        taken = driver.resources(ray, asked)
+        concurrent = min(driver.room(ray, taken), asked.concurrent or MANY)
+    preview.show(asked_space, taken.ranks, taken.cpus, concurrent)
+
+
 def _parser() -> Any:
     command = config.parser(
         "python tune/sweep.py",
@@ -66,6 +77,7 @@ def _parser() -> Any:
     command.add_argument(
         "--grid", action="append", default=[], metavar="NAME=A,B", help="a setting and its values; several times, instead of a SPACE"
     )
+    command.add_argument("--dry-run", action="store_true", help="print the trials, the memory and time planned for each and for all; train nothing")
     command.add_argument("--name", help="name of the sweep, its folder and its MLflow experiment (default: the space's)")
     command.add_argument("--experiment", help="MLflow experiment (default: the sweep's name)")
     command.add_argument("--folder", type=Path, default=Path("sweeps"), help="where sweeps lie; all nodes must see it (default: sweeps)")

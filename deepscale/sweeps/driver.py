@@ -119,6 +119,11 @@ def resources(ray: Any, asked: Asked) -> Resources:
     return taken
 
 
+def room(ray: Any, taken: Resources) -> int:
+    """How many trials the cluster has room for at a time."""
+    return sum(_bundles(node["Resources"], taken) for node in ray.nodes() if node["Alive"]) // taken.ranks
+
+
 def _bundles(node: dict[str, float], taken: Resources) -> int:
     """How many ranks a node has room for."""
     return int(min(node.get("CPU", 0) // taken.cpus, node.get("GPU", 0) / taken.gpus + 1e-9 if taken.gpus else math.inf))
