@@ -52,7 +52,8 @@ def record(
     origin = {"hardware": '{"CPU": "a processor", "cores": 2}', "versions": '{"torch": "2.15.0"}', rows.COMMIT: "0123abc"}
     carried = tags_of("components", SPACE, number, 9) if tags is None else tags
     store.send([{"op": "tags", "values": carried | origin}])
-    points = [metrics(step, {"train/loss": 2.5 - step / 1000, "perf/step_s": 0.25, "perf/seconds": 1.5}) for step in range(1, 401)]
+    steps = range(1, 401) if number == 2 else (200, 400)  # of one trial all: storing them takes as long as all else
+    points = [metrics(step, {"train/loss": 2.5 - step / 1000, "perf/step_s": 0.25, "perf/seconds": 1.5}) for step in steps]
     if accuracy is not None:
         points += [metrics(200, {"val/accuracy": accuracy / 2}), metrics(400, {"val/accuracy": accuracy, "test/accuracy": accuracy - 0.01})]
     store.send([*points, metrics(400, {"val/loss": math.nan})])
