@@ -102,7 +102,7 @@ def test_the_table(sweep: results.Sweep) -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     head, _, best, _, worst = cells
     assert head == [
-        *("activation", "layerscale_init", "seeds", "validation", "test", "training loss", "seconds", "converged", "ended otherwise"),
+        *("activation", "layerscale_init", "seeds", "validation", "test", "training loss", "seconds", "converged", "not finished"),
     ]
     assert best == ["gelu", "1e-6", "3", "65.00 ± 4.58 %", "64.00 ± 4.58 %", "2.1000 ± 0.0000", "1.5 ± 0", "3 of 3", ""]
     assert worst[3:5] + worst[7:] == ["33.00 ± 4.24 %", "32.00 ± 4.24 %", "0 of 3", "1 non finite"]

@@ -54,7 +54,7 @@ def _metrics(sweep: Sweep) -> list[str]:
 
 def _points(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     metrics = _metrics(sweep)
-    head = [*sweep.axes, "seeds", *(NUMBERS.get(metric, metric) for metric in metrics), "converged", "ended otherwise"]
+    head = [*sweep.axes, "seeds", *(NUMBERS.get(metric, metric) for metric in metrics), "converged", "not finished"]
     return head, [
         [*point.settings.values(), str(len(point.rows)), *(_mean(point, metric) for metric in metrics), _converged(point, sweep), _ended(point)]
         for point in sweep.points
