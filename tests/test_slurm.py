@@ -226,7 +226,7 @@ def test_a_sweep_on_a_ray_cluster_of_both_nodes(site: Site) -> None:
     job = site.submit("--nodes=2", "--cpus-per-task=2", "slurm/sweep.sbatch", *grid, *TINY, "--max-steps", "2", "--engine", "torch")
     assert site.end(job, 240) == "COMPLETED", site.output(job)
     assert "sweep: 2 nodes, 4 cores, 0 GPUs" in site.output(job)
-    assert re.search(r"^ +2 layerscale_init=1 seed=0 +\d+\.\d\d%$", site.output(job), flags=re.M), site.output(job)
+    assert re.search(r"^\| 1 +\| +1 \| +\d+\.\d\d %", site.output(job), flags=re.M), site.output(job)
     stores = sorted((site.jobs / f"sweep-{job}").glob("sweep/trials/*/mlflow.db"))
     settings = [run.data.params["layerscale_init"] for store in stores for run in Reader(f"sqlite:///{store}").runs("sweep")]
     assert sorted(map(float, settings)) == [0.0, 1.0]

@@ -119,9 +119,9 @@ class TwoNodes:
 
 @pytest.mark.usefixtures("known_cost")
 def test_a_dry_run_counts_with_what_the_cluster_has_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    tmp_path = in_tmp_path
     monkeypatch.setattr(driver, "cluster", lambda asked: contextlib.nullcontext(TwoNodes()))
     (tmp_path / "my.yaml").write_text(TINY + "grid: {max_steps: [10, 20, 30, 40]}\nseeds: [0, 1, 2]\n")
     (tmp_path / "sweeps" / "my").mkdir(parents=True)  # what a sweep of this name has left keeps nobody from looking

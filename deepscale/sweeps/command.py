@@ -1,5 +1,7 @@
 """`python tune/sweep.py SPACE.yaml`: every trial of a space as a training of its own, and the table of what they reached."""
 
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -7,18 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deepscale import config, errors
+from deepscale import config, errors, resume
 from deepscale.config import parse_count
 from deepscale.errors import UsageError
+from deepscale.files import atomic
 from deepscale.paths import as_folder
-from deepscale.progress import show_summary
-from deepscale.sweeps import driver, preview, search, space
-from deepscale.sweeps.space import Space, Trial
-from deepscale.sweeps.tags import FINISHED
+from deepscale.sweeps import driver, preview, search, space, summary
+from deepscale.sweeps.space import Space
 from deepscale.sweeps.trial import Sweep
 from deepscale.tracking_store import Store, cause, shown, store_uri
 
-MANY = 10**6  # trials at a time: as many as fit
+SPACE = "space.json"  # in the sweep's folder
 KEYS = ("search", "samples", "scheduler", "seeds", "metric", "mode", "converged")
 
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a sweep, or what is left of it."""
     given, typed = _parser().parse_known_args(arguments)
     asked_space = _space(given, typed)
+    search.check_scheduler(asked_space)
     asked = driver.Asked(
         given.address, given.nodes, given.gpus_per_trial, given.cpus_per_trial, given.ranks_per_trial, given.concurrent, given.max_failures
     )
@@ -34,15 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _preview(asked_space, asked)
         return
     name = given.name or asked_space.name
-    if name != as_folder(name) or name.startswith("."):
-        raise UsageError(f"--name {name} is no name of a folder; type letters, digits, - and _")
-    folder = given.folder.absolute() / name
-    if folder.exists() and not given.resume:
-        raise UsageError(f"there is a sweep {name} already, in {folder}; type --resume to go on with it, or --name NAME for a new one")
+    folder = _folder(given, name, asked_space)
     own_stores = "MLFLOW_TRACKING_URI" not in os.environ and "SLURM_JOB_ID" in os.environ
     experiment = given.experiment or name
     with driver.cluster(asked) as ray:
-        taken = driver.resources(ray, asked)
+        taken = driver.resources(driver.nodes_of(ray), asked)
         environment = {key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "DEEPSCALE_"))}
         if not own_stores:
             environment["MLFLOW_TRACKING_URI"] = store_uri()
@@ -51,22 +49,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
             asked_space, name, experiment, str(folder), os.getcwd(), environment, search.count(asked_space),
             time.strftime("%Y%m%d-%H%M%S"), taken.ranks, taken.cpus, own_stores,
         )  # fmt: skip
-        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        with atomic(folder / SPACE) as path:
+            path.write_text(_as_json(asked_space))
         with driver.Stop(sweep.stop_file) as stop:
             known = driver.run(sweep, driver.searching(sweep), taken, asked, stop) if driver.unfinished(sweep) else []
     driver.record_ends(sweep)
-    failed = _show(sweep, known)
+    print()
+    summary.show(name, folder, asked_space.question, own_stores)
+    failed = [f"trial {result.config['number']}: {text}" for result in known if (text := _failure(result))]
     if failed:
-        raise errors.DeepscaleError(f"{failed:,} of {sweep.trials:,} trainings failed; type the same with --resume to try only these once more")
-    if driver.unfinished(sweep):
-        raise SystemExit(stop.code or errors.AGAIN)
+        sentence = f"{len(failed):,} of {sweep.trials:,} trainings failed; type the same with --resume to try only these once more"
+        raise errors.DeepscaleError("\n  ".join([sentence, *failed]))
+    if left := driver.unfinished(sweep):
+        raise errors.Interrupted(f"{left:,} of {sweep.trials:,} trials are left; type the same with --resume to go on", stop.code or errors.AGAIN)
 
 
 def _preview(asked_space: Space, asked: driver.Asked) -> None:
     with driver.cluster(asked) as ray:
-        taken = driver.resources(ray, asked)
-        concurrent = min(driver.room(ray, taken), asked.concurrent or MANY)
-    preview.show(asked_space, taken.ranks, taken.cpus, concurrent)
+        nodes = driver.nodes_of(ray)
+    taken = driver.resources(nodes, asked)
+    fit = driver.room(nodes, taken) // taken.ranks
+    preview.show(asked_space, taken.ranks, taken.cpus, min(fit, asked.concurrent or fit))
+
+
+def _folder(given: Any, name: str, asked_space: Space) -> Path:
+    """The sweep's folder. Raises UsageError for one that is taken, or of a sweep of other trials than those asked for."""
+    if name != as_folder(name) or name.startswith("."):
+        raise UsageError(f"--name {name} is no name of a folder; type letters, digits, - and _")
+    folder: Path = given.folder.absolute() / name
+    if not (folder / SPACE).exists():
+        return folder
+    if not given.resume:
+        raise UsageError(f"there is a sweep {name} already, in {folder}; type --resume to go on with it, or --name NAME for a new one")
+    before, now = json.loads((folder / SPACE).read_text()), json.loads(_as_json(asked_space))
+    other = [key for key in now if before.get(key) != now[key]]
+    if other:
+        raise UsageError(f"the sweep in {folder} was begun with another {' and '.join(other)}; type the same as then, or --name NAME for a new one")
+    return folder
+
+
+def _as_json(asked_space: Space) -> str:
+    """What makes it the same sweep: not how the network runs, or where data lie."""
+    values = dataclasses.asdict(asked_space)
+    values["fixed"] = {name: text for name, text in values["fixed"].items() if name not in resume.FREE}
+    return json.dumps(values, indent=1)
+
+
+def _failure(result: Any) -> str:
+    """Why a trial has failed, "" for one that has not."""
+    text = (result.metrics or {}).get("error") or (str(result.error).strip().splitlines()[-1] if result.error else "")
+    return str(text).removeprefix("RuntimeError: ")
 
 
 def _parser() -> Any:
@@ -77,10 +109,10 @@ def _parser() -> Any:
     command.add_argument(
         "--grid", action="append", default=[], metavar="NAME=A,B", help="a setting and its values; several times, instead of a SPACE"
     )
-    command.add_argument("--dry-run", action="store_true", help="print the trials, the memory and time planned for each and for all; train nothing")
     command.add_argument("--name", help="name of the sweep, its folder and its MLflow experiment (default: the space's)")
     command.add_argument("--experiment", help="MLflow experiment (default: the sweep's name)")
     command.add_argument("--folder", type=Path, default=Path("sweeps"), help="where sweeps lie; all nodes must see it (default: sweeps)")
+    command.add_argument("--dry-run", action="store_true", help="print the trials, the memory and time planned for each and for all; train nothing")
     command.add_argument("--resume", action="store_true", help="go on with the sweep of this name where it has begun; what has ended stays")
     for key in KEYS:
         command.add_argument(f"--{key}", metavar="X", help=f"`{key}` of the space")
@@ -116,20 +148,6 @@ def _make_experiment(name: str) -> None:
         raise errors.MissingPackageError("mlflow", None, "a sweep") from None
     except Exception as error:
         raise UsageError(f"{shown(uri)} {cause(error)}; set MLFLOW_TRACKING_URI to a store that works") from None
-
-
-def _show(sweep: Sweep, results: list[Any]) -> int:
-    """Prints how each trial ended; the number of those that failed."""
-    metric, failed, rows = sweep.space.metric, 0, {}
-    errors_of = {result.config["number"]: (result.metrics or {}).get("error") or result.error for result in results}
-    for number, record in search.begun(Path(sweep.folder) / "trials").items():
-        outcome = record.get("outcome")
-        if outcome is None and errors_of.get(number):
-            failed, outcome = failed + 1, str(errors_of[number]).strip().splitlines()[-1]
-        value = record["last"].get(metric) if outcome == FINISHED else None
-        rows[f"{number:>3} {Trial(number, record['settings']).label}"] = f"{value:.2%}" if value is not None else outcome or "not ended"
-    show_summary(rows, f"{sweep.name}: {metric}")
-    return failed
 
 
 if __name__ == "__main__":

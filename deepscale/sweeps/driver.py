@@ -23,13 +23,14 @@ from deepscale.sweeps import search
 from deepscale.sweeps.space import Trial, trials
 from deepscale.sweeps.tags import ENDED as ENDS
 from deepscale.sweeps.tags import FINISHED, STOPPED_EARLY, SWEEP, TRIAL
-from deepscale.sweeps.trial import Sweep, ended, trainable
+from deepscale.sweeps.trial import Sweep, ended, free_port, trainable
 from deepscale.tracking_read import Reader
 
 Search = search.Listed | search.Optuna
 
 NODES_WAIT_S = 180.0
 REACH_S = 10.0
+STARTS = 3  # of a cluster of this machine's own, which may find a port taken
 RECORDED = "recorded"  # in a trial's folder: MLflow knows how it has ended
 # Nothing is sent to anybody, no worker is ended for the memory of others, and a worker that ends leaves its training to write a checkpoint.
 ENVIRONMENT = {
@@ -80,12 +81,7 @@ def cluster(asked: Asked) -> Iterator[Any]:
         raise errors.MissingPackageError("ray", "sweep", "a sweep") from None
     if address is not None:
         _check_reachable(address, NODES_WAIT_S if asked.nodes else 0.0)
-    # A bare init would join whatever cluster it finds.
-    own = {} if address else {"include_dashboard": False, "object_store_memory": 100_000_000}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}; start one: ray start --head") from None
+    _init(ray, address)
     try:
         _wait_for_nodes(ray, asked.nodes or 1)
         yield ray
@@ -93,35 +89,54 @@ def cluster(asked: Asked) -> Iterator[Any]:
         ray.shutdown()
 
 
-def resources(ray: Any, asked: Asked) -> Resources:
-    """What each trial takes. Raises UsageError for what no node of the cluster has."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _init(ray: Any, address: str | None) -> None:
+    # A bare init would join whatever cluster it finds.
+    own = {} if address else {"include_dashboard": False, "object_store_memory": 100_000_000}
+    for left in reversed(range(1 if address else STARTS)):
+        if address is None:  # by itself Ray takes a port that others may be given before it listens there
+            os.environ["RAY_GCS_SERVER_PORT"] = str(free_port())
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.shutdown()
+            if not left:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UsageError(f"no Ray cluster at {address or 'this machine'}: {reason}; start one: ray start --head") from None
+
+
+def nodes_of(ray: Any) -> list[dict[str, float]]:
+    """What the nodes of the cluster have: "CPU", "GPU"."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def room(nodes: list[dict[str, float]], taken: Resources) -> int:
+    """How many ranks fit."""
+    return sum(_bundles(node, taken) for node in nodes)
+
+
+def resources(nodes: list[dict[str, float]], asked: Asked) -> Resources:
+    """What each trial takes. Raises UsageError for what the nodes do not have."""
     cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     each_gpu = asked.gpus_per_trial if asked.gpus_per_trial is not None else min(1, gpus)
     ranks = asked.ranks_per_trial or max(1, math.ceil(each_gpu))
-    if each_gpu and (each_gpu / ranks > 1 or (ranks > 1 and each_gpu != ranks)):
+    if each_gpu < 0 or (each_gpu and (each_gpu / ranks > 1 or (ranks > 1 and each_gpu != ranks))):
         raise UsageError(
             f"--gpus-per-trial {each_gpu:g} with --ranks-per-trial {ranks}: each rank takes one GPU, and one rank alone may take a part of one; "
             f"type --gpus-per-trial {ranks}, or leave --ranks-per-trial out"
         )
     if asked.cpus_per_trial is not None and asked.cpus_per_trial < ranks:
         raise UsageError(f"--cpus-per-trial {asked.cpus_per_trial} is less than a core for each of {ranks} ranks; type {ranks} or more")
-    share = cores // gpus if each_gpu else 1  # a GPU's share of its node's cores
+    share = cores // max(1, gpus) if each_gpu else 1  # a GPU's share of its node's cores
     cpus = (asked.cpus_per_trial or max(1, int(share * each_gpu)) * (1 if each_gpu else ranks)) // ranks
     taken = Resources(ranks, max(1, cpus), each_gpu / ranks)
-    room = sum(_bundles(node, taken) for node in nodes)
-    if room < ranks:
+    if room(nodes, taken) < ranks:
         there = f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} with {cores:.0f} cores and {gpus:.0f} GPUs in all"
         raise UsageError(
             f"a trial of {ranks} {'rank' if ranks == 1 else 'ranks'}, each with {taken.cpus} cores and {taken.gpus:g} GPUs, does not fit: "
             f"there are {there}; type smaller --gpus-per-trial, --cpus-per-trial or --ranks-per-trial"
         )
     return taken
-
-
-def room(ray: Any, taken: Resources) -> int:
-    """How many trials the cluster has room for at a time."""
-    return sum(_bundles(node["Resources"], taken) for node in ray.nodes() if node["Alive"]) // taken.ranks
 
 
 def _bundles(node: dict[str, float], taken: Resources) -> int:

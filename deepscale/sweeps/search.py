@@ -129,17 +129,22 @@ def _distributions(kinds: Any, space: Space) -> dict[str, Any]:
 
 
 def scheduler(space: Space) -> Any:
-    """Tune's scheduler, None without one; it compares trials at the same step. Raises UsageError where it could not."""
+    """Tune's scheduler, None without one."""
     if space.scheduler == "none":
         return None
-    steps, every = (_number(space, name) for name in ("max_steps", "eval_every"))
     from ray.tune import schedulers
 
+    steps, every = check_scheduler(space)
     least = every * max(1, math.ceil(steps / REDUCTION**RUNGS / every))  # before it, nothing is stopped
     if space.scheduler == "median":
         return schedulers.MedianStoppingRule(time_attr="step", grace_period=least)
     # After the last step it has nothing to stop: a training is told to Tune as ended then.
     return schedulers.ASHAScheduler(time_attr="step", max_t=steps + 1, grace_period=least, reduction_factor=REDUCTION)
+
+
+def check_scheduler(space: Space) -> tuple[int, int]:
+    """(steps of every trial, steps between its validations), (0, 0) without a scheduler. Raises UsageError where one could not compare trials."""
+    return (0, 0) if space.scheduler == "none" else (_number(space, "max_steps"), _number(space, "eval_every"))
 
 
 def _number(space: Space, name: str) -> int:
