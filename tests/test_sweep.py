@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,6 +129,44 @@ def test_a_sweep_of_four_trials(tmp_path: Path) -> None:
     assert (
         re.search(r"^\| 0\.001 +\| torch +\|.* % ", said, flags=re.M) and "report  sweeps/rates/" in said and "mlflow ui --backend-store-uri" in said
     )
+
+
+def test_a_sweep_that_is_interrupted_and_killed_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C ends every training with a checkpoint; kill -9 too. What has ended is not trained again, and ASHA knows it: it stops the worst."""
+    (tmp_path / "asha.yaml").write_text(
+        "question: who is stopped?\ngrid: {lr: [1e-7, 1e-2, 1e-8]}\nfixed: {max_steps: 900, eval_every: 100}\n"
+        "metric: val/loss\nmode: min\nscheduler: asha\n"
+    )
+    words = ["asha.yaml", *TINY, "--engine", "torch", "--concurrent", "1", "--checkpoint-every", "10m"]
+    with sweeping(tmp_path, *words) as sweep:
+        sweep.until(lambda: lines(sweep, 1) > 0, "a validation of trial 1")
+        sweep.process.send_signal(signal.SIGINT)
+        assert sweep.end() == 130, sweep.text()
+        assert not sweep.trainings() and "type the same with --resume" in sweep.text()
+        assert list((sweep.trial(1) / "checkpoints").glob("step-*"))
+    with sweeping(tmp_path, *words, "--resume") as sweep:
+        sweep.until(lambda: lines(sweep, 2) > 0, "a validation of trial 2")
+        (second,) = sweep.trainings()
+        sweep.process.kill()
+        second.terminate()  # what it gets when Ray has seen that the driver is gone, some seconds later: by then it may have ended by itself
+        limit = time.monotonic() + 60
+        while sweep.trainings():
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+    assert [run.info.status for run in runs(tmp_path, "asha").values()].count("RUNNING") == 0
+    with sweeping(tmp_path, *words, "--resume") as sweep:
+        assert sweep.end() == 0, sweep.text()
+        assert not sweep.trainings()
+        assert starts(sweep, 1) == 2 and starts(sweep, 2) == 2
+    found = runs(tmp_path, "asha")
+    assert ends(found) == ["finished", "finished", "stopped_early"]
+    assert [run.info.status for _, run in sorted(found.items())] == ["FINISHED", "FINISHED", "KILLED"]
+    reader = Reader(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [[step for step, _ in reader.history(found[number], "val/loss")] for number in (1, 2)] == [list(range(100, 1000, 100))] * 2
+    with sweeping(tmp_path, *words) as sweep:
+        assert sweep.end() == 2 and "there is a sweep asha already" in sweep.text()
+    with sweeping(tmp_path, *words, "--resume", "--max-steps", "30") as sweep:
+        assert sweep.end() == 2 and "was begun with another fixed" in sweep.text()
 
 
 def test_a_trial_of_two_ranks_on_two_nodes(tmp_path: Path) -> None:
