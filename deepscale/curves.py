@@ -60,10 +60,10 @@ def read_mlflow(name: str, experiment: str) -> Run:
 
 
 def thinned(points: list[tuple[int, float]]) -> list[list[float]]:
-    """At most `POINTS` (step, mean) pairs, each the mean of equally many neighbours: noise is averaged, not sampled."""
+    """At most `POINTS` (step, mean) pairs, each the mean of equally many neighbours: noise is averaged, not sampled; with six digits."""
     size = -(-len(points) // POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [[float(group[-1][0]), round(sum(value for _, value in group) / len(group), 6)] for group in groups]
+    return [[float(group[-1][0]), float(f"{sum(value for _, value in group) / len(group):.6g}")] for group in groups]
 
 
 def draw(runs: list[Run], out: Path) -> None:
