@@ -28,7 +28,17 @@ FOREIGN_PREFIXES = ("MLFLOW_", "SLURM_")
 
 
 # Of minutes each: begun first, so that no worker of `make test` is left with one when the others have nothing to do.
-LONG = ("test_slurm", "test_resume_ranks", "test_faults", "test_train", "test_checkpoint_engines", "test_engine", "test_scaling", "test_bench")
+LONG = (
+    "test_slurm",
+    "test_sweep",
+    "test_resume_ranks",
+    "test_faults",
+    "test_train",
+    "test_checkpoint_engines",
+    "test_engine",
+    "test_scaling",
+    "test_bench",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from deepscale import cli, config
 from deepscale.errors import UsageError
 from deepscale.gradflow import Recorder
+from deepscale.sweeps import command, space
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,13 +57,27 @@ def test_links_of_the_pages_lead_somewhere(page: str) -> None:
 
 def test_options_named_in_the_text_exist() -> None:
     """Every `--option` in backticks, against the settings; those of other commands are named here."""
-    others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json", "--ranks"}
+    others = {"--ops-dir", "--num_gpus", "--save", "--out", "--backend-store-uri", "--host", "--json", "--ranks", "--address"}
     command = config.parser("", "")
     config.add_arguments(command, *config.GROUPS)
     known = {option for action in command._actions for option in action.option_strings}
     named = {option for code in re.findall(r"`([^`\n]+)`", README) for option in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", code)}
     assert named
     assert named - others <= known, named - others - known
+
+
+def test_every_sweep_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each line that starts one, against the command's own parser and the file of the space; and the space that is shown."""
+    monkeypatch.chdir(ROOT)
+    sweeps = [words[words.index("tune/sweep.py") + 1 :] for words in LINES if "tune/sweep.py" in words]
+    assert len(sweeps) >= 5
+    for words in sweeps:
+        given, typed = command._parser().parse_known_args(words)
+        asked = command._space(given, typed)
+        assert asked.question and (space.trials(asked) or asked.search == "optuna")
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    (tmp_path / "mine.yaml").write_text(example)
+    assert len(space.trials(space.read(tmp_path / "mine.yaml", [], {}))) == 12
 
 
 def test_no_placeholder_is_left() -> None:
