@@ -15,10 +15,16 @@ every rank, kills what is left after 30 s, and exits with 1; a rank that ends by
 way, and its code comes out of both: 75 where the signal went to a rank.
 """
 
+import atexit
 import os
 import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from deepscale.errors import AGAIN, Interrupted
 
@@ -68,13 +74,30 @@ class Stop:
         raise Interrupted(f"interrupted {self.reason}", self.code)
 
 
-def ignore() -> None:
-    """The last act of a program: schedulers are not answered any more, for Python would end by the signal while it clears up.
+def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a command with what was typed, and ends the process with its exit code.
 
-    Not for a process that goes on: its children would inherit this.
+    Python's own end is left out: at it, threads of gloo and of torch that still want Python's lock are ended where C++ allows no end, which aborts
+    the process (seen once, on a busy machine) and loses the exit code. What is registered for the exit is done; the launcher's SIGTERM and
+    schedulers are not answered any more.
     """
+    code: object = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader of a pipe has gone
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _launcher() -> tuple[int, int] | None:

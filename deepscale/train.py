@@ -310,7 +310,4 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    finally:
-        stop.ignore()
+    stop.program(main)

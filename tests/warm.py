@@ -11,6 +11,7 @@ import os
 import runpy
 import select
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import deepspeed  # noqa: F401
@@ -53,15 +54,13 @@ def become(job: dict[str, Any]) -> NoReturn:
     for number, flags, path in ((0, os.O_RDONLY, os.devnull), (1, os.O_WRONLY | os.O_APPEND, job["log"]), (2, os.O_WRONLY | os.O_APPEND, job["log"])):
         os.dup2(os.open(path, flags), number)
     show_phases(job["phase"])
-    if job["script"]:
-        sys.argv = [job["script"], *job["arguments"]]
-        runpy.run_path(job["script"], run_name="__main__")
-    else:
-        try:
-            train.main(job["arguments"])
-        finally:
-            stop.ignore()  # as in the program
-    sys.exit(0)
+    sys.argv = [job["script"], *job["arguments"]]
+    stop.program(run_script if job["script"] else train.main)
+
+
+def run_script(_: Sequence[str]) -> None:
+    """A program around the training, which reads its arguments itself."""
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def show_phases(path: str) -> None:
