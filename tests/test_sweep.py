@@ -25,6 +25,7 @@ from deepscale.sweeps.values import Range
 from deepscale.tracking_read import MlflowRun, Reader
 
 LIMIT_S = 200.0
+SECRET = "word-of-this-test-that-nobody-writes-down"
 
 
 class Sweep:
@@ -32,7 +33,7 @@ class Sweep:
 
     def __init__(self, folder: Path, *words: str) -> None:
         self.folder, self.log = folder, folder / f"log-{time.time_ns()}"
-        environment = clean_environment() | {"PYTHONPATH": str(REPOSITORY)}
+        environment = clean_environment() | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_TOKEN": SECRET}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(REPOSITORY / "tune" / "sweep.py"), *words],
@@ -119,6 +120,8 @@ def test_a_sweep_of_four_trials(tmp_path: Path) -> None:
         assert sweep.end() == 0, sweep.text()
         assert not sweep.trainings()
         assert [starts(sweep, number) for number in (1, 2, 3, 4)] == [2, 1, 1, 1]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sweep.trial(1) / "output.txt" in files and not [path for path in files if SECRET.encode() in path.read_bytes()]
     found = runs(tmp_path, "rates")
     assert ends(found) == ["finished", "finished", "non_finite", "non_finite"]
     assert [run.info.status for _, run in sorted(found.items())] == ["FINISHED", "FINISHED", "FAILED", "FAILED"]

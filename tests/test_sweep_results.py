@@ -98,7 +98,7 @@ def test_means_and_deviations_against_plain_ones(sweep: results.Sweep) -> None:
 
 def test_the_table(sweep: results.Sweep) -> None:
     lines = table.text(sweep).splitlines()
-    assert lines[0] == "components: 9 trials: 8 finished, 1 non finite"
+    assert lines[0] == f"components: 9 trials: 8 finished, 1 non finite; {sum(row.steps for row in sweep.rows):,} steps in all"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     head, _, best, _, worst = cells
     assert head == [
@@ -165,7 +165,7 @@ def test_while_it_runs_and_where_trials_are_stopped(place: Callable[[str], Path]
     record(here, 5, "relu", "0.0", 0, None, "out_of_memory")
     cli.main(["sweep", "show", "components"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "components: 9 trials, 5 started: 1 finished, 2 stopped early, 1 running, 1 out of memory"
+    assert lines[0].startswith("components: 9 trials, 5 started: 1 finished, 2 stopped early, 1 running, 1 out of memory; ")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
     assert [(row[0], row[3], row[-2], row[-1]) for row in cells] == [
         ("gelu", "60.00 %", "1 of 2", "1 stopped early"),

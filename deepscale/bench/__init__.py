@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|activations|depth|growth|scaling|data|gradflow|zero3|plan|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|plan|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -8,8 +8,8 @@ processes, repeated. The defaults are the sizes of the goals; smaller ones make 
 
 | module | what |
 |---|---|
-| start.py, step.py, memory.py, activations.py, depth.py, growth.py, scaling.py, data.py, gradflow.py, zero3.py, plan.py, gpu.py | the commands |
-| deep.py, kept.py, recorded.py, trial.py, gathered.py, planned.py, ranked.py | programs that the commands start as processes (`worker.py`) |
+| those named as the commands | the commands |
+| deep.py, kept.py, recorded.py, trial.py, gathered.py, planned.py, ranked.py, saved.py | programs that commands start as processes (`worker.py`) |
 | limit.py, bracket.py | a process within a limit of memory, and the search for the deepest that trains |
 | networks.py | the networks that are measured, and one training step of them |
 | gpu_worker.py and gpu_*.py | the program of the GPU bench: checks, steps, profile; what it measures (gpu_cells.py) |
@@ -33,6 +33,7 @@ BENCHES = {
     "gradflow": "what recording the gradient of every layer costs",
     "data": "CPU time per image of the feeds, against a torchvision PIL DataLoader",
     "checkpoint": "saving a checkpoint of 10,001 layers beside writing as many bytes, the wait of an asynchronous save, and resuming",
+    "sweep": "what a trial of a sweep takes beside its training, and two trials at once of each other's time",
     "zero3": "ZeRO-3 at 10,001 layers: start, step and memory beside the other stages, and what two ranks gather at once",
     "plan": "memory and seconds as planned against as measured, over many configurations",
     "gpu": "one GPU: is it right, how long is a step, how much memory, at 26 to 10,001 layers and widths 64 to 512",

@@ -40,7 +40,7 @@ def _finished(command: list[str], environment: Mapping[str, str], shown: str, li
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=limit_s)
     except subprocess.TimeoutExpired as expired:
         output = "".join(part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (expired.stdout, expired.stderr))
-        raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{_tail(output)}") from None
+        raise BenchError(f"{shown} did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes{tail(output)}") from None
     return result_of(shown, done)
 
 
@@ -113,7 +113,7 @@ def result_of(shown: str, done: "subprocess.CompletedProcess[str]") -> dict[str,
     except json.JSONDecodeError:
         result = None
     if not isinstance(result, dict):
-        raise BenchError(f"{shown} printed no result in its last line{_tail(done.stdout + done.stderr)}")
+        raise BenchError(f"{shown} printed no result in its last line{tail(done.stdout + done.stderr)}")
     return result
 
 
@@ -126,9 +126,10 @@ def _failure(shown: str, done: "subprocess.CompletedProcess[str]") -> DeepscaleE
     if done.returncode < 0:
         how = f"was killed by {signal.Signals(-done.returncode).name}"
         how += " (the memory may not suffice: type smaller sizes)" if done.returncode == -signal.SIGKILL else ""
-    return BenchError(f"{shown} {how}{_tail(done.stdout + done.stderr)}")
+    return BenchError(f"{shown} {how}{tail(done.stdout + done.stderr)}")
 
 
-def _tail(output: str) -> str:
+def tail(output: str) -> str:
+    """The last lines of what a process has printed, to follow the sentence that it failed."""
     lines = output.strip().splitlines()[-TAIL_LINES:]
     return "; the end of its output:\n" + "\n".join(f"  {line}" for line in lines) if lines else "; it printed nothing"

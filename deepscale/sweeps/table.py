@@ -34,7 +34,7 @@ def title(sweep: Sweep) -> str:
     planned = f"{sweep.trials:,} trials" if sweep.trials else f"{len(sweep.rows):,} trials so far"
     started = f", {len(sweep.rows):,} started" if sweep.trials and len(sweep.rows) < sweep.trials else ""
     ends = ", ".join(f"{count:,} {_words(outcome)}" for outcome, count in sweep.ends.items())
-    return f"{sweep.name}: {planned}{started}: {ends}"
+    return f"{sweep.name}: {planned}{started}: {ends}; {sum(row.steps for row in sweep.rows):,} steps in all"
 
 
 def as_csv(sweep: Sweep, each: bool = False) -> str:
