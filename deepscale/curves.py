@@ -83,9 +83,7 @@ def draw(runs: list[Run], out: Path) -> None:
         axis.set_ylabel("cross entropy" if metric == "loss" else "accuracy, %")
         axis.grid(alpha=0.25)
     axes[0].legend(title="training; dots: validation", frameon=False, fontsize=8, title_fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    pyplot.close(figure)
+    drawing.save(figure, out)
 
 
 def running_mean(values: tuple[float, ...]) -> list[float]:

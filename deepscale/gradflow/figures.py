@@ -55,7 +55,7 @@ def heatmap(flow: Flow, path: Path) -> Path:
         figure.legend(patches, [name for name in CELLS if name in seen], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     name = f"{flow.meta.get('run_name', 'gradient flow')} · {flow.depth:,} layers"
     figure.suptitle("\n".join(textwrap.wrap(name, 60 * len(panels))), fontsize=11)
-    return _saved(pyplot, figure, path)
+    return drawing.save(figure, path)
 
 
 def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1, title: str = "") -> Path:
@@ -82,7 +82,7 @@ def overlay(flows: Mapping[str, Flow], path: Path, record: int = -1, title: str 
         _lines(axis, lines, left=axis is axes[0])
     axes[0].yaxis.tick_right()
     figure.suptitle(title, fontsize=11)
-    return _saved(pyplot, figure, path)
+    return drawing.save(figure, path)
 
 
 def _lines(axis: Any, lines: Mapping[str, Doubles], left: bool) -> None:
@@ -191,14 +191,3 @@ def apart(wanted: list[float], gap: float) -> list[float]:
     spread = [float(np.mean(group)) for group in groups for _ in group]
     room = 1 - gap * (len(wanted) - 1)
     return [min(max(value, 0.0), room) + gap * i for i, value in enumerate(spread)]
-
-
-def _saved(pyplot: Any, figure: Any, path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}); type another path") from None
-    finally:
-        pyplot.close(figure)
-    return path

@@ -47,7 +47,7 @@ def parallel(sweep: Sweep, path: Path) -> Path | None:
     axes.set_ylim(-0.14 if None in means else -0.05, 1.05)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    return _saved(figure, path)
+    return drawing.save(figure, path)
 
 
 def _heights(axes: Any, at: int, name: str, points: Sequence[Point]) -> NDArray[np.float64]:
@@ -158,11 +158,4 @@ def bars(sweep: Sweep, found: Importance, path: Path) -> Path:
     axes.set_xlabel(f"share of the variance of {of}, %\n{found.measure} over {found.trials} trials", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return _saved(figure, path)
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    drawing.pyplot().close(figure)
-    return path
+    return drawing.save(figure, path)
