@@ -179,8 +179,10 @@ def _sizes_of(config: Config) -> dict[str, int]:
     return {"width": int(config.model.width), "patch_size": int(config.model.patch_size), "batch_size": int(config.data.batch_size)}
 
 
-def _fast_enough(candidates: list[Config], world: World, shape: dict[str, int]) -> tuple[Config, float]:
-    """The first candidate whose measured step is short enough, else the fastest of them."""
+def _fast_enough(candidates: list[Config], world: World, shape: dict[str, int]) -> tuple[Config, float | None]:
+    """The first candidate whose measured step is short enough, else the fastest, and its seconds; None where there is nothing to choose by them."""
+    if len(candidates) == 1 and candidates[0].engine.threads != AUTO:
+        return candidates[0], None
     limit = step_limit_s(candidates[0])
     peak = CORE_FLOPS * torch.get_num_threads()
     measured = []

@@ -228,6 +228,16 @@ def test_where_nothing_is_fast_enough_the_fastest_is_taken(monkeypatch: pytest.M
     assert sizes(resolve(depth=1004, time_budget=0.001, width=64, patch_size=1, batch_size=64)) == (64, 1, 64)
 
 
+def test_where_nothing_is_left_to_choose_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(plan, "measure_step_s", lambda config, world, images: measured.append(config) or 1.0)
+    typed = {"depth": 26, "width": 8, "patch_size": 4, "batch_size": 8}
+    found = resolve(**typed, threads=1)
+    assert not measured and found.step_s is None
+    assert "width 8, patch 4, batch 8" in found.notes
+    assert resolve(**typed).step_s == 1.0 and measured, "threads are chosen by what a step takes"
+
+
 def test_sizes_that_no_machine_could_run_in_time_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,001 layers of width 64 on whole images are some 1e15 operations: measuring one block of each stage would take minutes."""
     measured = []
