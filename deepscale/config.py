@@ -265,6 +265,12 @@ class DataConfig(_Checked):
     download: bool = _switch(True, "download a missing data set")
     feed: str = _option(AUTO, "what feeds the images: ffcv, tensors (in memory), or auto", _choice(("auto", "ffcv", "tensors")))
     batch_size: int | Auto = _option(AUTO, "images per optimiser step over all ranks; auto: 64 where time allows", _auto(_integer(1)))
+    grey: bool = _switch(False, "images in grey: ITU-R 601 luma, one channel")
+    image_size: int | Auto = _option(
+        AUTO,
+        "side of the images, pixels; auto: the data set's own, of FashionMNIST 32 by a frame around its 28; another: by bilinear resampling",
+        _auto(_integer(1)),
+    )
     augment: bool = _switch(True, "random crop (padding 4) and horizontal flip in training")
     color_jitter: float = _option(0.0, "brightness, contrast and saturation jitter; the original study: 0.2", _real(0.0, 1.0))
     workers: int | Auto = _option(AUTO, "threads of the feed per rank", _auto(_integer(1)))

@@ -9,7 +9,7 @@ import torch
 
 from deepscale import config, kernel, world
 from deepscale.checkpoints.trained import Trained, trained
-from deepscale.config import Config
+from deepscale.config import AUTO, Config
 from deepscale.data.sources import load_source
 from deepscale.data.tensors import EvalFeed
 from deepscale.engine import TorchEngine
@@ -51,6 +51,7 @@ def measure(found: Trained, split: str, data_dir: str | None, images: int | None
         data = described["data"]
         asked = Config(model=model.config).replace(
             dataset=data["dataset"], data_dir=data_dir or data["data_dir"], precision=data["precision"],
+            grey=data.get("grey", False), image_size=data.get("image_size", AUTO),
             engine="torch", device=device, kernel=blocks, download=False,
         )  # fmt: skip
         digest, limit = data["digest"], images if images is not None else data["eval_images"]

@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
     machine, place = target(asked, given, cluster)
     if not given.max_depth:
         asked = kernel.choose(asked, place, _say, _say)
-    shape = {"channels": 1 if asked.data.dataset == "fashionmnist" else 3, "image_size": 32, "classes": given.classes}
+    grey, side = asked.data.grey or asked.data.dataset == "fashionmnist", asked.data.image_size
+    shape = {"channels": 1 if grey else 3, "image_size": 32 if side == config.AUTO else side, "classes": given.classes}
     record = {"machine": dataclasses.asdict(machine) | {"process_bytes": process_bytes(asked), "here": here(given)}}
     record["cluster"] = dataclasses.asdict(cluster)
     if given.max_depth:

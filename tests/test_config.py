@@ -38,6 +38,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "download": ("", False),
     "feed": ("tensors", "tensors"),
     "batch_size": ("128", 128),
+    "grey": ("", True),
+    "image_size": ("28", 28),
     "augment": ("", False),
     "color_jitter": ("0.2", 0.2),
     "workers": ("3", 3),

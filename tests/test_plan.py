@@ -29,7 +29,7 @@ FAKE_GPU_24GIB = Machine("cuda", 24 * GIB, 64 * GIB, True, 1)
 FAKE_OLD_GPU_24GIB = dataclasses.replace(FAKE_GPU_24GIB, bf16=False)
 SIZES = ("width", "patch_size", "batch_size")
 # What the planner leaves to others, who record it: data set and feed (their name), validations (the length of an epoch).
-LEFT_OPEN = {"dataset", "feed", "eval_images", "eval_every", "record_every", "async_save"}
+LEFT_OPEN = {"dataset", "image_size", "feed", "eval_images", "eval_every", "record_every", "async_save"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Names, addresses and checksums are torchvision's. Every file is checked before it is opened, and even then can only give arrays: of
 CIFAR's pickles nothing is called but what makes NumPy's arrays; of an archive the wanted files alone are read, under names of ours;
-nothing is unpacked beyond a limit. FashionMNIST's 28x28 pixels get a frame of zeros up to 32x32, which the label says.
+nothing is unpacked beyond a limit. FashionMNIST's 28x28 pixels get a frame of zeros up to 32x32, which the label says, unless a size is asked for.
 
 Krizhevsky 2009, Learning multiple layers of features from tiny images; Xiao et al. 2017, arXiv:1708.07747.
 """
@@ -33,8 +33,9 @@ Say = Callable[[str], None]
 OFFICIAL = {
     "cifar10": ("CIFAR10", "CIFAR-10"),
     "cifar100": ("CIFAR100", "CIFAR-100"),
-    "fashionmnist": ("FashionMNIST", "FashionMNIST, 28x28 padded to 32x32"),
+    "fashionmnist": ("FashionMNIST", "FashionMNIST"),
 }
+FRAMED = ", 28x28 padded to 32x32"
 
 ADVICE = "give a folder that can be written: --data-dir FOLDER"
 LARGEST_BYTES = 2**28  # of an unpacked file; CIFAR-100's images are the largest, 155 MB
@@ -45,15 +46,18 @@ class NotThereError(UsageError):
     """Official files are missing and cannot be had."""
 
 
-def load_official(name: str, data_dir: Path, may_download: bool, say: Say) -> Source:
-    """The data set `name` of OFFICIAL.
+def load_official(name: str, data_dir: Path, may_download: bool, say: Say, framed: bool = True) -> Source:
+    """The data set `name` of OFFICIAL; `framed`: FashionMNIST with the frame that makes it 32x32.
 
     Raises NotThereError where files are missing and cannot be downloaded, UsageError for a damaged file, naming it, and
     MissingPackageError without torchvision.
     """
     kind, label = _torchvision_class(name), OFFICIAL[name][1]
     read = _read_fashionmnist if name == "fashionmnist" else _read_cifar
-    class_names, train, test = read(kind, label.split(",")[0], data_dir, may_download, say)
+    class_names, train, test = read(kind, label, data_dir, may_download, say)
+    if name == "fashionmnist" and framed:
+        label += FRAMED
+        train, test = (Split(_frame(split.images), split.labels) for split in (train, test))
     return divide(name, label, class_names, str(data_dir), train, test)
 
 
@@ -214,7 +218,7 @@ def _read_fashionmnist(kind: Any, label: str, data_dir: Path, may_download: bool
     for images, labels, path in ((arrays[0], arrays[1], resources[0][0]), (arrays[2], arrays[3], resources[2][0])):
         if images.ndim != 3 or labels.shape != images.shape[:1] or images.shape[1:] != (28, 28) or labels.max(initial=0) >= len(kind.classes):
             raise UsageError(f"{raw / path} and its labels do not belong together; delete the folder {raw} and type the same command again")
-        splits.append(Split(_pad(images), labels.astype(np.int64)))
+        splits.append(Split(images[..., None], labels.astype(np.int64)))
     return tuple(kind.classes), splits[0], splits[1]
 
 
@@ -246,6 +250,6 @@ def _idx(path: Path, content: bytes) -> Pixels:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _pad(images: Pixels) -> Pixels:
-    """(M, 28, 28) -> (M, 32, 32, 1)."""
-    return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]
+def _frame(images: Pixels) -> Pixels:
+    """(M, 28, 28, 1) -> (M, 32, 32, 1)."""
+    return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))

@@ -8,7 +8,8 @@
 | folder | the image folder DATA_DIR |
 | synthetic | made in memory |
 
-A damaged file ends the run in every case: nobody should train on something else than the files that lie there.
+A damaged file ends the run in every case: nobody should train on something else than the files that lie there. What was read is then
+brought to --grey and --image-size (shaping.py).
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from deepscale.config import AUTO, DataConfig
 from deepscale.data.cache import checked_folder
 from deepscale.data.folder import class_folders, list_images, load_folder
 from deepscale.data.official import OFFICIAL, NotThereError, load_official
+from deepscale.data.shaping import shaped
 from deepscale.data.splits import DatasetInfo, Source, Split
 from deepscale.data.synthetic import synthetic
 from deepscale.errors import MissingPackageError, UsageError
@@ -34,6 +36,11 @@ def load_source(data: DataConfig, say: Callable[[str], None] = print) -> Source:
     `say` takes lines for the screen. Safe for several processes at once on one data folder. Raises UsageError (files
     missing, damaged or unreadable; folder not writable; no network) and MissingPackageError, never for `auto` without data.
     """
+    side = None if data.image_size == AUTO else int(data.image_size)
+    return shaped(_as_it_comes(data, say), data.grey, side)
+
+
+def _as_it_comes(data: DataConfig, say: Callable[[str], None]) -> Source:
     if data.dataset == "synthetic":
         return synthetic()
     folder = checked_folder(data.data_dir)
@@ -49,7 +56,7 @@ def _from_files(data: DataConfig, folder: Path, say: Callable[[str], None]) -> S
     if data.dataset == "folder":
         return load_folder(folder, folder, say)
     if data.dataset in OFFICIAL and data.dataset != "cifar10":
-        return load_official(data.dataset, folder, data.download, say)
+        return load_official(data.dataset, folder, data.download, say, framed=data.image_size == AUTO)
     try:
         return _cifar10(folder, data.download, say)
     except (NotThereError, MissingPackageError) as error:

@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deepscale.gradflow.layers import Layout
-from deepscale.models.components import ACTIVATIONS, Activation
+from deepscale.models.components import ACTIVATIONS, MODULES, Activation
 from deepscale.models.observe import SATURATED, BlockObserver
 
-# By their exact type: what a subclass computes is not known. GELU's approximation by tanh counts as GELU.
-KNOWN: dict[type[nn.Module], Activation] = {
-    nn.ReLU: ACTIVATIONS["relu"],
-    nn.GELU: ACTIVATIONS["gelu"],
-    nn.SiLU: ACTIVATIONS["silu"],
-    nn.Tanh: ACTIVATIONS["tanh"],
-    nn.Sigmoid: ACTIVATIONS["sigmoid"],
-}
+# By their exact type: what a subclass computes is not known.
+KNOWN: dict[type[nn.Module], Activation] = {MODULES[name]: activation for name, activation in ACTIVATIONS.items()}
 Call = tuple[str, int]  # an activation module's name, and how many times it had run before in the same pass
 
 

@@ -46,6 +46,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, lambda g, h, a: aten.sigmoid_backward(g, a)),
 }
 
+# The same as modules, whose outputs a recorder's hooks see. GELU's approximation by tanh counts as GELU.
+MODULES: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
 
 class Standardise:
     """Rows standardised without the affine part, and the gradient of that: what differs between the norms.
