@@ -187,8 +187,8 @@ def _switch(default: bool | Auto, text: str) -> Any:
 
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
-SKIP_NAMES = ("identity", "none")
-INIT_NAMES = ("normal", "kaiming", "orthogonal")
+SKIP_NAMES = ("identity", "deepnorm", "none")
+INIT_NAMES = ("normal", "kaiming", "orthogonal", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
 ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
 IN_SEGMENTS = ("recompute", "offload")
@@ -217,11 +217,13 @@ class ModelConfig(_Checked):
     activation: str = _option("gelu", f"activation of the blocks: {', '.join(ACTIVATION_NAMES)}", _choice(ACTIVATION_NAMES))
     norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}", _choice(NORM_NAMES))
     norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
-    skip: str = _option("identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}", _choice(SKIP_NAMES))
-    init: str = _option("normal", "initial weights: normal (deviation 0.02), kaiming (He), or orthogonal", _choice(INIT_NAMES))
+    skip: str = _option(
+        "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", _choice(SKIP_NAMES)
+    )
+    init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; normal has deviation 0.02, kaiming is He's", _choice(INIT_NAMES))
     layerscale_init: float | None | Auto = _option(
         AUTO,
-        "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, none without",
+        "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, and 1 with --init fixup; none with other skips",
         _or("none", _auto(_real(-1e6)), None),
     )
     layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", _choice(("scalar", "channel")))
@@ -237,12 +239,22 @@ class ModelConfig(_Checked):
                 "--skip none with --layerscale-init 0 leaves nothing to train: without a skip the only path is multiplied by "
                 "gamma 0; type --layerscale-init none or 1"
             )
+        if self.init == "fixup" and self.skip == "none":
+            raise UsageError(
+                "--init fixup with --skip none leaves nothing to train: the last layer of every block is 0, and without a skip the only "
+                "path goes through it; type --skip identity, or another --init"
+            )
+        if self.init == "fixup" and self.gamma_init == 0.0:
+            raise UsageError(
+                "--init fixup with --layerscale-init 0 leaves nothing to train in the blocks: the last layer of every branch is 0, and so is "
+                "gamma, and each hides the other from its gradient; type --layerscale-init 1 or none"
+            )
 
     @property
     def gamma_init(self) -> float | None:
-        """Initial LayerScale gamma, None for none; `auto` is the published code's 0 with a skip, and none without."""
+        """Initial LayerScale gamma, None for none; `auto` is the published code's 0, Fixup's 1, and none without a skip and with DeepNorm's."""
         if self.layerscale_init == AUTO:
-            return 0.0 if self.skip == "identity" else None
+            return None if self.skip != "identity" else 1.0 if self.init == "fixup" else 0.0
         return self.layerscale_init
 
     @property

@@ -176,7 +176,8 @@ def _block_backward(config: Config, stage: Stage) -> int:
 def _folded(config: Config, stage: Stage) -> int:
     """A stack's weights made ready for its blocks: W1 and W2 times the norm's weight and gamma, or cast to the branch's precision."""
     low = config.engine.precision != "fp32"
-    folded = (config.model.norm != "none") + (config.model.gamma_init is not None and not low)
+    factor = config.model.gamma_init is not None or stage.block.spec.scale != 1.0
+    folded = (config.model.norm != "none") + (factor and not low)
     matrix = max(stage.stacks) * 4 * stage.channels**2
     return matrix * (folded * STREAM_BYTES + (2 * stage.block.branch_bytes if low else 0))
 

@@ -12,10 +12,10 @@ from policies import in_segments
 from torch import Tensor, nn
 
 from deepscale.activations import Recompute
-from deepscale.config import ACTIVATION_NAMES, INIT_NAMES, NORM_NAMES, SKIP_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
+from deepscale.config import ACTIVATION_NAMES, INIT_NAMES, NORM_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
 from deepscale.models.components import RunningStatistics, commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly, stack_blocks, stack_tensors
-from deepscale.models.initial import INITS, STD, fill, orthogonal
+from deepscale.models.initial import INITS, STD, Layer, fill, orthogonal
 from deepscale.models.naming import load_plain, to_plain
 from deepscale.models.reference import PlainBlock, PlainConvNeXt
 from deepscale.models.stack import BlockStack
@@ -148,7 +148,7 @@ def assert_same_step(stacked: ConvNeXt, plain: PlainConvNeXt, images: Tensor, la
     assert_same_gradients(stacked, plain)
 
 
-COMBINATIONS = list(itertools.product(ACTIVATION_NAMES, NORM_NAMES, SKIP_NAMES))
+COMBINATIONS = list(itertools.product(ACTIVATION_NAMES, NORM_NAMES, ("identity", "none")))
 # Spread over the combinations so that each value of each meets every activation, norm and skip.
 GAMMAS: list[dict[str, Any]] = [{"layerscale_init": None}, {"layerscale_init": 0.5}, {"layerscale_init": 0.5, "layerscale_shape": "channel"}]
 STACK_SIZES, SEGMENTS = (1, 2, 3, 100), (0, 2, 1, 0, 3)
@@ -333,7 +333,7 @@ def initial_values(model: ModelConfig, seed: int, stack_size: int) -> dict[str, 
 VARIANTS: list[dict[str, Any]] = [{}, {"norm": "batchnorm", "layerscale_init": 1e-6, "layerscale_shape": "channel"}, {"layerscale_init": None}]
 
 
-@pytest.mark.parametrize("settings", [*VARIANTS, {"init": "kaiming"}, {"init": "orthogonal"}, {"init": "orthogonal", "width": 1}])
+@pytest.mark.parametrize("settings", [*VARIANTS, *({"init": init} for init in INIT_NAMES[1:]), {"init": "orthogonal", "width": 1}])
 def test_initial_values_are_the_plain_ones_whatever_the_stack_size(settings: dict[str, Any]) -> None:
     """Every parameter and buffer, bit for bit, for stacks of 1, 3 and 100 blocks."""
     model = config(**settings)
@@ -354,7 +354,7 @@ def test_initial_values_do_not_depend_on_what_was_made_before(init: str) -> None
     ConvNeXt(model, stack_size=2).initialise(8)
     plain = PlainConvNeXt(model)
     for name, parameter in reversed(list(plain.named_parameters())):
-        fill(parameter, name, 0, model.gamma_init, init)
+        fill(parameter, name, 0, model)
     torch.set_default_dtype(torch.float64)
     double = initial_values(model, 0, 3)
     for name, value in expected.items():
@@ -425,7 +425,7 @@ def test_orthogonal_weights_keep_lengths() -> None:
         else:
             short = w @ w.t() if len(w) <= w.shape[1] else w.t() @ w
             assert (short - torch.eye(len(short), dtype=w.dtype)).abs().max() < 1e-5, name
-    draws = torch.stack([orthogonal((1, 8, 4), torch.Generator().manual_seed(seed))[0] for seed in range(400)])
+    draws = torch.stack([orthogonal(Layer("", 1, 8, 4, 1, 1), torch.Generator().manual_seed(seed))[0] for seed in range(400)])
     assert draws.mean(0).abs().max() < 5 / math.sqrt(400 * 8), "drawn evenly: no entry leans to a side"
 
 

@@ -140,6 +140,19 @@ def test_closed_by_gamma_is_never_dead_or_vanishing() -> None:
     assert "closed" not in opened.sentence
 
 
+def test_what_fixup_closes_is_neither_dead_nor_vanishing() -> None:
+    """At the first step all but the head's gradients are 0, since it is 0; at the second the first layers of every branch, since the last is 0."""
+    flow = real_flow(26, init="fixup", norm="none")
+    assert verdict(flow).sentence.startswith("healthy: the head is still 0")
+    flow = made_up_flow(26)
+    inside, last = np.isin(flow.layer_kinds, ("dwconv", "pwconv1", "gamma")), flow.layer_kinds == "pwconv2"
+    flow.mean_abs[0, inside], flow.zeros[0, inside] = 0.0, 1.0
+    assert verdict(flow, 0).label == "dead layers"
+    flow.weight_l2[0, last] = 0.0
+    found = verdict(flow, 0)
+    assert (found.label, found.numbers["closed_by_gamma"]) == ("healthy", 16)
+
+
 def test_labels_of_made_up_records() -> None:
     """What changes by 8 decades, at which end, and what is not finite; the gravest label wins."""
     vanishing, exploding = made_up_flow(1004, decades=8.0), made_up_flow(1004, decades=-8.0)

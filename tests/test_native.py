@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deepscale import kernel, ops
 from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Selective
-from deepscale.config import ACTIVATION_NAMES, SKIP_NAMES, Config, ModelConfig
+from deepscale.config import ACTIVATION_NAMES, Config, ModelConfig
 from deepscale.errors import UsageError
 from deepscale.models import native
 from deepscale.models.block import BlockSpec
@@ -26,6 +26,7 @@ from deepscale.ops.op import missing_compiler
 from deepscale.world import World
 
 NORMS = ("layernorm", "rmsnorm", "none")
+SKIPS = ("identity", "none")
 GAMMAS = ("none", "scalar", "channel")
 KEEP = KeepAll()
 POLICIES: tuple[Policy, ...] = (KEEP, Recompute(1), Recompute(2), Selective(), Recompute(5), OffloadInputs(2))
@@ -98,7 +99,7 @@ def near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 
 def variants() -> Iterator[tuple[dict[str, Any], int, Policy]]:
     """Every activation, norm, skip, gamma and kernel size together; numbers of channels and activation policies in turn."""
-    combined = itertools.product(ACTIVATION_NAMES, NORMS, SKIP_NAMES, GAMMAS, (3, 5))
+    combined = itertools.product(ACTIVATION_NAMES, NORMS, SKIPS, GAMMAS, (3, 5))
     for i, (activation, norm, skip, gamma, size) in enumerate(combined):
         spec = {"activation": activation, "norm": norm, "skip": skip, "gamma": gamma, "kernel_size": size}
         yield spec, (4, 5, 8, 16, 12)[i % 5], POLICIES[i % 6]
@@ -141,7 +142,7 @@ def test_all_shapes_equal_torchs_operators(size: int, threads: int) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("skip", SKIP_NAMES)
+@pytest.mark.parametrize("skip", SKIPS)
 def test_stochastic_depth_equals_torchs_operators(skip: str, policy: Policy) -> None:
     stack, x = stack_of(8, 4, policy=policy, skip=skip, rates=(0.0, 0.3, 0.5, 0.2)), images(6, 8, 4, 4)
     near(passed(stack, x, "native"), passed(stack, x, "torch"), 1e-12)

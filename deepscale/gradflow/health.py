@@ -99,6 +99,8 @@ def verdict(flow: Flow, record: int = -1, thresholds: Thresholds | None = None) 
     Raises UsageError for a run without records.
     """
     found = _examine(flow, record, thresholds or Thresholds.of(flow))
+    if _closed_by_head(flow, record):
+        return Verdict(HEALTHY, "healthy: the head is still 0, as Fixup has it at first, and nothing comes back from it", _numbers(found))
     judged = {NONFINITE: _nonfinite(found), VANISHING: _vanishing(found), EXPLODING: _exploding(found), DEAD: _dead(found)}
     label, why = next(((label, why) for label, why in judged.items() if why), (HEALTHY, _over_depth(found) or "all gradients are finite"))
     closed = int(found.closed.sum())
@@ -149,6 +151,13 @@ def _examine(flow: Flow, record: int, limits: Thresholds) -> _Findings:
         stem=float(flow.mean_abs[record, path[0]]),
         head=float(flow.mean_abs[record, path[-1]]),
     )  # fmt: skip
+
+
+def _closed_by_head(flow: Flow, record: int) -> bool:
+    """Whether the head's weight is exactly 0 and gets a gradient, and no other weight does."""
+    head = np.flatnonzero(flow.layer_kinds == "head")
+    others = np.delete(np.asarray(flow.mean_abs[record]), head)
+    return bool(len(head)) and not flow.weight_l2[record][head].any() and bool(flow.mean_abs[record][head].all()) and not others.any()
 
 
 def _weights_as_points(flow: Flow, record: int) -> tuple[Integers, Doubles, Integers]:

@@ -23,9 +23,9 @@ def owners(flow: Flow) -> list[str]:
 
 
 def closed_by_gamma(flow: Flow, record: int) -> Bools:
-    """(L,) weights of blocks whose gamma is exactly 0: their gradient is 0 because the branch is multiplied by it."""
-    gammas = np.flatnonzero(flow.layer_kinds == "gamma")
-    shut = gammas[flow.weight_l2[record][gammas] == 0]
+    """(L,) weights of blocks whose gamma, or, as Fixup has it at first, last layer, is exactly 0: their gradient is 0 because the branch is."""
+    gates = np.flatnonzero(np.isin(flow.layer_kinds, ("gamma", "pwconv2")))
+    shut = gates[flow.weight_l2[record][gates] == 0]
     if not len(shut):
         return np.zeros(len(flow.layer_names), bool)
     own = owners(flow)

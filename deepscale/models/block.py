@@ -1,13 +1,13 @@
 """One ConvNeXt block (arXiv:2201.03545), as the original study counts it, forward and backward in torch's operators:
 
-    y = dwconv(x); xhat = standardise(y); h = W1 (w * xhat + b) + b1; out = x + gamma * (W2 f(h) + b2)
+    y = dwconv(x); xhat = standardise(y); h = W1 (w * xhat + b) + b1; out = x + factor * (W2 f(h) + b2)
 
 Shapes: x (B, C, H, W) in channels-last memory, so that convolutions see that and the rest rows (M, C) of the same memory, M = B * H * W.
 The weights are a stack's, with a leading block axis (n, ...). What is done once per stack instead of once per block:
-- the norm's affine part (w, b) is folded into W1 and b1, and, but in fp16, gamma into W2 and b2. Their gradients, and
-  those of W1 and W2, follow from the folded weights' gradients by the chain rule, for all n blocks at once;
+- the norm's affine part (w, b) is folded into W1 and b1, and, but in fp16, the factor (gamma, and the constants beside it) into W2 and b2.
+  Their gradients, and those of W1 and W2, follow from the folded weights' gradients by the chain rule, for all n blocks at once;
 - casts to the branch's low precision.
-The residual stream and the norm's statistics keep the stream's dtype (float32 under autocast), and gamma is multiplied in it.
+The residual stream and the norm's statistics keep the stream's dtype (float32 under autocast), and the factor is multiplied in it.
 
 `native` does the same as `TorchWork` in one compiled kernel; this is its reference, and what runs elsewhere.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, BatchStandardise, Standardise, batch_moments
+from deepscale.models.components import ACTIVATIONS, EPS, ROW_NORMS, SKIPS, BatchStandardise, Standardise, batch_moments
 from deepscale.models.observe import BlockObserver
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What all blocks of a stage share. `gamma` is "none", "scalar" or "channel"."""
+    """What all blocks of a stage share. `gamma` is "none", "scalar" or "channel"; `scale` multiplies every branch, and is not learnt."""
 
     channels: int
     kernel_size: int
@@ -36,6 +36,12 @@ class BlockSpec:
     skip: str
     gamma: str
     sync_batchnorm: bool = False
+    scale: float = 1.0
+
+    @property
+    def adds(self) -> bool:
+        """Whether the input is added to the branch."""
+        return SKIPS[self.skip].adds
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter shapes of one block, by their names in the plain network."""
@@ -56,6 +62,15 @@ class BlockSpec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
 
+def factor_of(spec: BlockSpec, parameters: dict[str, Tensor]) -> Tensor | None:
+    """(n, 1 or C) what multiplies the blocks' branches: gamma and the constants beside it; None where that is 1."""
+    gamma = parameters.get("gamma")
+    if gamma is not None:
+        return gamma if spec.scale == 1.0 else gamma * spec.scale
+    bias = parameters["pwconv2.bias"]
+    return None if spec.scale == 1.0 else bias.new_full((len(bias), 1), spec.scale)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """(B, C, H, W) in channels-last memory -> (M, C), the same memory."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -71,10 +86,11 @@ class Weights:
             b1 = b1 + (w1 @ p["norm.bias"][:, :, None])[:, :, 0]
         if "norm.weight" in p:
             w1 = w1 * p["norm.weight"][:, None, :]
-        # An fp16 branch is scaled in the stream's precision instead: a small gamma times W2 would underflow. bf16 has float32's range.
-        self.gamma = p["gamma"].unbind(0) if "gamma" in p and branch == torch.float16 != stream else None
-        if "gamma" in p and self.gamma is None:
-            w2, b2 = w2 * p["gamma"][:, :, None], b2 * p["gamma"]
+        # An fp16 branch is scaled in the stream's precision instead: a small factor times W2 would underflow. bf16 has float32's range.
+        factor = factor_of(spec, p)
+        self.factor = factor.unbind(0) if factor is not None and branch == torch.float16 != stream else None
+        if factor is not None and self.factor is None:
+            w2, b2 = w2 * factor[:, :, None], b2 * factor
         ready = {"dw": p["dwconv.weight"], "dw_bias": p["dwconv.bias"], "w1": w1, "b1": b1, "w2": w2, "b2": b2}
         self.stacked = {name: value.to(branch) for name, value in ready.items()}  # (n, ...) each
         self.branch, self.stream, self.blocks = branch, stream, len(w1)
@@ -136,11 +152,11 @@ class TorchWork:
         w = self.weights
         x = saved.x
         out = torch.addmm(self.b2[i], saved.a, self.w2_t[i])  # (M, C)
-        if w.gamma is not None:
-            out = out * w.gamma[i]
+        if w.factor is not None:
+            out = out * w.factor[i]
         if self.masks is not None:
             out = out * self.masks[i]
-        if self.spec.skip == "identity":
+        if self.spec.adds:
             out = out.add_(rows_of(x)) if out.dtype == w.stream else rows_of(x) + out  # in the stream's precision
         elif out.dtype != w.stream:
             out = out.to(w.stream)
@@ -156,7 +172,7 @@ class TorchWork:
                 self.observer.output(i - 1, saved.x)
         masked = g if self.masks is None else g * self.masks[i]
         branch = masked.to(w.branch)
-        scaled = branch if w.gamma is None else (masked * w.gamma[i]).to(w.branch)
+        scaled = branch if w.factor is None else (masked * w.factor[i]).to(w.branch)
         grads.write(grads.w2, i, branch.t(), saved.a)  # (C, 4C)
         torch.sum(masked, 0, out=grads.b2[i])
         dh = self.through_activation(scaled @ self.w2[i], saved, i)  # (M, 4C)
@@ -173,7 +189,7 @@ class TorchWork:
         )
         grads.dw[i].copy_(dw)
         grads.dw_bias[i].copy_(dw_bias)
-        return rows_of(dx).to(w.stream).add_(g) if self.spec.skip == "identity" else rows_of(dx).to(w.stream)
+        return rows_of(dx).to(w.stream).add_(g) if self.spec.adds else rows_of(dx).to(w.stream)
 
     def through_activation(self, g: Tensor, saved: Saved, i: int) -> Tensor:
         """Gradient (M, 4C) on block i's activation -> on its input. An observer is shown f', which is then used if that changes no bit."""
@@ -192,6 +208,7 @@ class Gradients:
     """Gradients of a stack's folded weights, filled block by block, then unfolded for all blocks at once."""
 
     def __init__(self, spec: BlockSpec, blocks: int, like: Tensor) -> None:
+        self.spec = spec
         n, c, k = blocks, spec.channels, spec.kernel_size
         self.stacked = {
             "dw": like.new_empty(n, c, 1, k, k),
@@ -223,10 +240,12 @@ class Gradients:
         if "norm.bias" in p:
             grads["norm.bias"] = (b1[:, None, :] @ p["pwconv1.weight"])[:, 0, :]
             w1.addcmul_(b1[:, :, None], p["norm.bias"][:, None, :])
-        if "gamma" in p:  # W2' = gamma W2, b2' = gamma b2
-            gamma = (w2 * p["pwconv2.weight"]).sum(2) + b2 * p["pwconv2.bias"]
+        factor = factor_of(self.spec, p)
+        if "gamma" in p:  # W2' = gamma scale W2, b2' = gamma scale b2
+            gamma = ((w2 * p["pwconv2.weight"]).sum(2) + b2 * p["pwconv2.bias"]).mul_(self.spec.scale)
             grads["gamma"] = gamma.sum(1, keepdim=True) if p["gamma"].shape[1] == 1 else gamma
-            w2, b2 = w2.mul_(p["gamma"][:, :, None]), b2 * p["gamma"]
+        if factor is not None:
+            w2, b2 = w2.mul_(factor[:, :, None]), b2 * factor
         grads |= {"pwconv1.weight": w1, "pwconv2.weight": w2, "pwconv2.bias": b2}
         return {name: grads[name].to(value.dtype) for name, value in parameters.items()}
 

@@ -1,11 +1,12 @@
-"""The parts a block is made of: activations and norms, each with its hand-written backward beside the autograd form.
+"""The parts a block is made of: activations, skips and norms; activations and norms each with its hand-written backward beside the autograd form.
 
 The stacked network (`block.py`) calls the forward and backward functions here directly; the plain reference
 (`reference.py`) and the layers outside stacks use `ChannelNorm` and `Activation.module`, which leave the backward to
 autograd. A test compares every pair.
 
 Shapes: M rows (B * H * W pixels), C channels. Sources: GELU arXiv:1606.08415, LayerNorm arXiv:1607.06450, BatchNorm
-arXiv:1502.03167, RMSNorm arXiv:1910.07467.
+arXiv:1502.03167, RMSNorm arXiv:1910.07467. LayerScale (arXiv:2103.17239), a gamma per channel, and ReZero (arXiv:2003.04887) and SkipInit
+(arXiv:2002.10444), a scalar that starts at 0, are the block's gamma: --layerscale-shape, --layerscale-init.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,28 @@ ACTIVATIONS: dict[str, Activation] = {
 
 # The same as modules, whose outputs a recorder's hooks see. GELU's approximation by tanh counts as GELU.
 MODULES: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What becomes of a block's input x and its branch b: [x +] scale(blocks of the network) * b."""
+
+    adds: bool
+    scale: Callable[[int], float] = lambda blocks: 1.0
+
+
+def deepnorm_scale(blocks: int) -> float:
+    """DeepNorm (Wang et al. 2022, arXiv:2203.00555) without its norm: x + b / alpha with alpha = L^(1/4), for L blocks.
+
+    The paper's LayerNorm(alpha * x + b) is LayerNorm(x + b / alpha): alpha weighs x against b, and the norm takes the scale away. Where no norm
+    follows, alpha * x would grow the stream by alpha^L; divided by alpha in every block, the network is the same function up to scale
+    (exactly, where its branches are homogeneous). alpha is a constant, not learnt. The paper's (2N)^(1/4) is of an encoder of N layers, which has 2N
+    branches where this network has L.
+    """
+    return float(blocks**-0.25)
+
+
+SKIPS: dict[str, Skip] = {"identity": Skip(True), "deepnorm": Skip(True, deepnorm_scale), "none": Skip(False)}
 
 
 class Standardise:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deepscale.config import AUTO, Auto, ModelConfig, StackSize
 from deepscale.depth import STAGES
 from deepscale.models.block import BlockSpec
-from deepscale.models.components import ChannelNorm, RunningStatistics
+from deepscale.models.components import SKIPS, ChannelNorm, RunningStatistics
 from deepscale.models.initial import fill
 from deepscale.models.stack import BlockStack
 
@@ -31,7 +31,8 @@ def outer_norm(model: ModelConfig) -> str:
 def block_spec(model: ModelConfig, channels: int) -> BlockSpec:
     """What the blocks of a stage of this width share."""
     gamma = "none" if model.gamma_init is None else model.layerscale_shape
-    return BlockSpec(channels, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm)
+    scale = SKIPS[model.skip].scale(sum(model.stage_blocks))
+    return BlockSpec(channels, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm, scale)
 
 
 def default_stack_size(stage_blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -167,7 +168,7 @@ class ConvNeXt(nn.Module):
         parameters = dict(self.named_parameters())
         for plain, where in self.plain_names():
             parameter = parameters[where.name]
-            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config.gamma_init, self.config.init)
+            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config)
         for module in self.modules():
             if isinstance(module, RunningStatistics):
                 module.reset_parameters()

@@ -2,7 +2,7 @@
 
 | parameter | initial value |
 |---|---|
-| convolution and linear weights | --init: normal (0, 0.02), kaiming or orthogonal |
+| convolution and linear weights | --init, one of `INITS` |
 | biases (convolution, linear, norm) | 0 |
 | norm weights | 1 |
 | gamma (LayerScale) | --layerscale-init |
@@ -14,44 +14,114 @@ Random values come from a generator seeded by (seed, name of the parameter in th
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from deepscale.config import ModelConfig
+
 STD = 0.02
+BRANCH_LAYERS = 3  # of a block: dwconv, pwconv1, pwconv2
 
 
-Shape = tuple[int, int, int]  # (groups, out, fan in): a depthwise convolution has a group for each channel, all others have one
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer, and what its initial weights may depend on.
+
+    `name` is the plain network's, without `.weight`. A depthwise convolution has a group for each channel, all others have one;
+    `outputs` and `inputs` are channels of a group, `area` the pixels of the kernel. `blocks` are all of the network's.
+    """
+
+    name: str
+    groups: int
+    outputs: int
+    inputs: int
+    area: int
+    blocks: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, out, fan in) of the weights."""
+        return self.groups, self.outputs, self.inputs * self.area
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of an output."""
+        return self.inputs * self.area
+
+    @property
+    def fan_out(self) -> int:
+        """Outputs of an input."""
+        return self.outputs * self.area
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it is one of a block's, and so on a residual branch where there is a skip connection."""
+        return ".blocks." in self.name
 
 
-def normal(shape: Shape, generator: Generator) -> Tensor:
+def normal(layer: Layer, generator: Generator) -> Tensor:
     """The original study's: deviation 0.02, whatever the shape."""
-    return _drawn(shape, STD, generator)
+    return _drawn(layer, STD, generator)
 
 
-def kaiming(shape: Shape, generator: Generator) -> Tensor:
+def kaiming(layer: Layer, generator: Generator) -> Tensor:
     """He et al. (arXiv:1502.01852): normal of deviation sqrt(2 / fan in), which keeps the scale through ReLU."""
-    return _drawn(shape, math.sqrt(2 / shape[2]), generator)
+    return _drawn(layer, math.sqrt(2 / layer.fan_in), generator)
 
 
-def orthogonal(shape: Shape, generator: Generator) -> Tensor:
+def fixup(layer: Layer, generator: Generator) -> Tensor:
+    """Fixup (Zhang et al. 2019, arXiv:1901.09321), for residual networks without norms: `kaiming`, but the last layer of every branch and
+    the head are 0, and the other layers of a branch are scaled by L^(-1 / (2m - 2)), with L blocks and m = 3 layers a branch: L^(-1/4).
+
+    A step of gradient descent on the weights then changes the network's output by an amount that does not grow with the depth (that of biases
+    does; the paper gives them a tenth of the learning rate, this does not). Fixup's third rule adds
+    scalars to the network. Its multiplier, 1 at first, is gamma (--layerscale-init 1, the `auto` of this init). Of its biases, 0 at first, the
+    block without a norm has those before pwconv1 and before the activation: dwconv's and pwconv1's own, one per channel instead of one. It
+    lacks the one before pwconv2, whose effect pwconv2's own bias has, and the one before dwconv, whose effect dwconv's own has but for the
+    padded border.
+    """
+    if layer.name.endswith(".pwconv2") or layer.name == "head.linear":
+        return torch.zeros(layer.shape)
+    values = kaiming(layer, generator)
+    return values * layer.blocks ** (-1 / (2 * BRANCH_LAYERS - 2)) if layer.in_block else values
+
+
+def deepnorm(layer: Layer, generator: Generator) -> Tensor:
+    """DeepNorm's (Wang et al. 2022, arXiv:2203.00555), to go with --skip deepnorm: Xavier normal of deviation gain * sqrt(2 / (fan in + fan out)).
+
+    The gain is beta = (4L)^(-1/4) in pwconv1 and pwconv2, the paper's feed-forward layers, for L blocks, and 1 elsewhere. The paper's
+    (8N)^(-1/4) is of an encoder of N layers, which has 2N branches where this network has L.
+    """
+    gain = (4 * layer.blocks) ** -0.25 if layer.in_block and not layer.name.endswith(".dwconv") else 1.0
+    return _drawn(layer, gain * math.sqrt(2 / (layer.fan_in + layer.fan_out)), generator)
+
+
+def orthogonal(layer: Layer, generator: Generator) -> Tensor:
     """Saxe et al. (arXiv:1312.6120): every group's rows or columns, the fewer, are orthonormal; drawn evenly among such matrices.
 
     In float64, so that what a processor or its number of threads change in the last bits is rounded off. A matrix (2048, 512) takes
     0.2 s on one core.
     """
-    matrix = _drawn(shape, 1.0, generator, torch.float64)
-    wide = shape[1] < shape[2]
+    matrix = _drawn(layer, 1.0, generator, torch.float64)
+    wide = layer.outputs < layer.fan_in
     q, r = torch.linalg.qr(matrix.mT if wide else matrix)
     q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]  # else the draw would lean to what the factorisation prefers
     return q.mT if wide else q
 
 
-def _drawn(shape: Shape, std: float, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu").normal_(0.0, std, generator=generator)
+def _drawn(layer: Layer, std: float, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(layer.shape, dtype=dtype, device="cpu").normal_(0.0, std, generator=generator)
 
 
-INITS: dict[str, Callable[[Shape, Generator], Tensor]] = {"normal": normal, "kaiming": kaiming, "orthogonal": orthogonal}
+INITS: dict[str, Callable[[Layer, Generator], Tensor]] = {
+    "normal": normal,
+    "kaiming": kaiming,
+    "orthogonal": orthogonal,
+    "fixup": fixup,
+    "deepnorm": deepnorm,
+}
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -60,7 +130,7 @@ def seed_of(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, name: str, seed: int, gamma_init: float | None, init: str) -> None:
+def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig) -> None:
     """Writes the initial value of the plain network's parameter `name` into `parameter`, whatever its device or shape.
 
     The values are drawn on the CPU in the parameter's memory order of the plain network, of which `parameter` may be a reshaped
@@ -68,14 +138,15 @@ def fill(parameter: Tensor, name: str, seed: int, gamma_init: float | None, init
     """
     owner, _, kind = name.rpartition(".")
     if kind == "gamma":
-        assert gamma_init is not None
-        parameter.fill_(gamma_init)
+        assert model.gamma_init is not None
+        parameter.fill_(model.gamma_init)
     elif kind == "bias":
         parameter.zero_()
     elif owner.endswith("norm"):
         parameter.fill_(1.0)
     else:
         groups = parameter.shape[0] if owner.endswith("dwconv") else 1
-        shape = (groups, parameter.shape[0] // groups, parameter[0].numel())
-        values = INITS[init](shape, torch.Generator().manual_seed(seed_of(seed, name)))
+        area = parameter.shape[2:].numel()
+        layer = Layer(owner, groups, parameter.shape[0] // groups, parameter[0].numel() // area, area, sum(model.stage_blocks))
+        values = INITS[model.init](layer, torch.Generator().manual_seed(seed_of(seed, name)))
         parameter.copy_(values.float().reshape(parameter.shape))

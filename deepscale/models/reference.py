@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deepscale.config import ModelConfig
 from deepscale.depth import STAGES
-from deepscale.models.components import ACTIVATIONS, ChannelNorm, RunningStatistics
+from deepscale.models.components import ACTIVATIONS, SKIPS, ChannelNorm, RunningStatistics
 from deepscale.models.convnext import drop_rates, outer_norm
 from deepscale.models.initial import fill
 
@@ -22,11 +22,12 @@ class TransposedNorm(ChannelNorm):
 
 
 class PlainBlock(nn.Module):
-    """x + gamma * pwconv2(f(pwconv1(norm(dwconv(x)))))."""
+    """x + gamma * scale * pwconv2(f(pwconv1(norm(dwconv(x))))); x and scale as --skip says."""
 
     def __init__(self, model: ModelConfig, channels: int, drop_rate: float) -> None:
         super().__init__()
-        self.skip, self.drop_rate = model.skip == "identity", drop_rate
+        skip = SKIPS[model.skip]
+        self.adds, self.scale, self.drop_rate = skip.adds, skip.scale(sum(model.stage_blocks)), drop_rate
         self.dwconv = nn.Conv2d(channels, channels, model.kernel_size, padding=model.kernel_size // 2, groups=channels)
         self.norm = TransposedNorm(model.norm, channels, model.sync_batchnorm)
         self.pwconv1 = nn.Conv2d(channels, 4 * channels, 1)
@@ -40,10 +41,11 @@ class PlainBlock(nn.Module):
         branch = self.pwconv2(self.activation(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             branch = branch * self.gamma[:, None, None]
+        branch = branch * self.scale
         if self.training and self.drop_rate:
             kept = torch.rand(x.shape[0], device=x.device) >= self.drop_rate
             branch = branch * (kept.to(x.dtype) / (1 - self.drop_rate))[:, None, None, None]
-        return x + branch if self.skip else branch
+        return x + branch if self.adds else branch
 
 
 class PlainStage(nn.Module):
@@ -91,7 +93,7 @@ class PlainConvNeXt(nn.Module):
     def initialise(self, seed: int) -> "PlainConvNeXt":
         """Writes the same initial values as the stacked network's."""
         for name, parameter in self.named_parameters():
-            fill(parameter, name, seed, self.config.gamma_init, self.config.init)
+            fill(parameter, name, seed, self.config)
         for module in self.modules():
             if isinstance(module, RunningStatistics):
                 module.reset_parameters()

@@ -95,7 +95,7 @@ class NativeWork:
             kernel=spec.kernel_size,
             activation=ACTIVATIONS.index(spec.activation),
             norm=NORMS.index(spec.norm),
-            skip=spec.skip == "identity",
+            skip=spec.adds,
             images=images,
             height=height,
             width=width,
