@@ -18,6 +18,7 @@ COMMANDS = {
     "curves": ("deepscale.curves", "draw the curves of runs recorded in MLflow"),
     "merge": ("deepscale.merge", "copy the runs of many jobs' stores into one"),
     "sweep": ("deepscale.sweeps.show", "the results of a sweep, also while it runs"),
+    "study": ("deepscale.studies.command", "the published studies, reproduced: runs what is missing, and writes a page beside their numbers"),
     "report": ("deepscale.report.command", "an offline page of runs: gradient against depth, table, heatmaps; sends what is unsent"),
 }
 

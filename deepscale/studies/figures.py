@@ -1,0 +1,191 @@
+"""The usual figures of a study, drawn of its rows: curves over the steps, the gradient against depth, a number against another.
+
+Each function makes what a `Figure` of study.py draws with: `Figure("curves", "...", figures.curves("train/loss", "val/accuracy"))`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepscale import drawing
+from deepscale.studies.study import Group, Points, Results, Row
+
+Draw = Callable[[Results, Path], bool]
+Doubles = NDArray[np.float64]
+COLOURS = (*drawing.COLOURS, "#000000", "#8f8f8f")
+STYLES = ("-", (0, (4, 2)), (0, (1.5, 1.5)))
+# Metric or field -> (axis label with its unit, what it is multiplied with, whether the axis is logarithmic).
+AXES: dict[str, tuple[str, float, bool]] = {
+    "train/loss": ("training loss, cross entropy in nats", 1.0, False),
+    "val/loss": ("validation loss, cross entropy in nats", 1.0, False),
+    "train/accuracy": ("training accuracy, %", 100.0, False),
+    "val/accuracy": ("validation accuracy, %", 100.0, False),
+    "test/accuracy": ("test accuracy, %", 100.0, False),
+    "grad/first_layer_mean_abs": ("first layer's gradient, mean |g|", 1.0, True),
+    "mean_abs": ("gradient of the weights, mean |g|", 1.0, True),
+    "output_grad_l2": ("gradient at the block outputs, L2 norm", 1.0, True),
+    "output_std": ("signal: standard deviation of the block outputs", 1.0, True),
+}
+
+
+def curves(*metrics: str, cases: Sequence[str] = (), logarithmic: bool = False) -> Draw:
+    """Metrics over the optimiser steps, a panel each, a line for each case: the mean over its seeds, with a band of one deviation."""
+
+    def draw(found: Results, path: Path) -> bool:
+        groups = _groups(found, cases)
+        panels = {metric: lines for metric in metrics if (lines := {g.case.name: line for g in groups if len(line := over_seeds(g, metric)[0])})}
+        if not panels:
+            return False
+        figure, axes = _panels(len(panels))
+        for axis, (metric, lines) in zip(axes, panels.items(), strict=True):
+            label, factor, log = AXES.get(metric, (metric, 1.0, False))
+            for group in groups:
+                if group.case.name not in lines:
+                    continue
+                look, (x, mean, deviation) = _look(groups.index(group)), over_seeds(group, metric)
+                axis.plot(x, factor * mean, label=group.case.name, marker="o" if len(x) < 15 else None, markersize=3, **look)
+                axis.fill_between(x, factor * (mean - deviation), factor * (mean + deviation), color=look["color"], alpha=0.12, linewidth=0)
+            _finish(axis, "optimiser step", label, logarithmic=log or logarithmic)
+        _legend(figure, axes[0])
+        drawing.save(figure, path)
+        return True
+
+    return draw
+
+
+def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cases: Sequence[str] = (), relative: bool = False) -> Draw:
+    """A profile of each case's first row against depth, a panel for each of some of its records: 0 is the first, -1 the last.
+
+    relative: depth as a share of the network's, for networks of different depths. What is exactly 0 leaves a gap in a logarithmic axis.
+    """
+
+    def draw(found: Results, path: Path) -> bool:
+        rows = [(group, row) for group in _groups(found, cases) for row in group.rows[:1] if row.profiles.get(field)]
+        if not rows:
+            return False
+        groups = [group for group, _ in rows]
+        figure, axes = _panels(len(moments))
+        label, factor, log = AXES.get(field, (field, 1.0, True))
+        for axis, moment in zip(axes, moments, strict=True):
+            steps = set()
+            for group, row in rows:
+                step, points = _record(row, field, moment)
+                steps.add(int(step))
+                line = _line(points)
+                x = line[:, 0] / line[:, 0].max() if relative and len(line) else line[:, 0]
+                y = np.where(line[:, 1] > 0, line[:, 1], np.nan) if log else line[:, 1]
+                axis.plot(x, factor * y, label=group.case.name, linewidth=1.4, **_look(groups.index(group)))
+            axis.set_title(f"step {min(steps):,}" + (f" to {max(steps):,}, the last of each" if len(steps) > 1 else ""), fontsize=10)
+            _finish(axis, "depth, share of the layers" if relative else "layer, from the image to the head", label, logarithmic=log)
+        _legend(figure, axes[0])
+        drawing.save(figure, path)
+        return True
+
+    return draw
+
+
+def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
+    """A profile against depth, a panel for each case, a line for each record: light the first, dark the last. One seed."""
+
+    def draw(found: Results, path: Path) -> bool:
+        rows = [(group, row) for group in _groups(found, cases) for row in group.rows[:1] if row.profiles.get(field)]
+        if not rows:
+            return False
+        pyplot = drawing.pyplot()
+        figure, axes = _panels(len(rows), sharey=True)
+        label, factor, log = AXES.get(field, (field, 1.0, True))
+        colours = pyplot.get_cmap("viridis_r")
+        for axis, (group, row) in zip(axes, rows, strict=True):
+            moments = sorted(row.profiles[field], key=int)
+            for i, step in enumerate(moments):
+                line = _line(row.profiles[field][step])
+                y = np.where(line[:, 1] > 0, line[:, 1], np.nan) if log else line[:, 1]
+                axis.plot(line[:, 0], factor * y, color=colours(0.1 + 0.9 * i / max(1, len(moments) - 1)), linewidth=1.2, label=f"step {int(step):,}")
+            axis.set_title(group.case.name, fontsize=10)
+            _finish(axis, "layer, from the image to the head", label, logarithmic=log)
+        axes[0].legend(frameon=False, fontsize=8)
+        drawing.save(figure, path)
+        return True
+
+    return draw
+
+
+def over_seeds(group: Group, metric: str) -> tuple[Doubles, Doubles, Doubles]:
+    """(steps, mean, standard deviation) of a curve over a case's rows, at the steps that all of them have."""
+    found = [{int(step): value for step, value in row.curves.get(metric, ())} for row in group.rows]
+    found = [curve for curve in found if curve]
+    steps = sorted(set.intersection(*(set(curve) for curve in found))) if found else []
+    values = np.array([[curve[step] for step in steps] for curve in found], float).reshape(len(found), len(steps))
+    if not steps:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    return np.array(steps, float), values.mean(0), values.std(0, ddof=1) if len(found) > 1 else np.zeros(len(steps))
+
+
+def _groups(found: Results, cases: Sequence[str]) -> list[Group]:
+    return [group for name, group in found.groups.items() if group.rows and (not cases or name in cases)]
+
+
+def _record(row: Row, field: str, moment: int) -> tuple[str, Points]:
+    steps = sorted(row.profiles[field], key=int)
+    return steps[moment], row.profiles[field][steps[moment]]
+
+
+def _line(points: Points) -> Doubles:
+    return np.array(points, float).reshape(-1, 2)
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+
+
+def _panels(count: int, **options: Any) -> tuple[Any, Any]:
+    """A figure with so many axes, at most three beside each other."""
+    across = min(count, 3)
+    down = -(-count // across)
+    figure, axes = drawing.pyplot().subplots(down, across, figsize=(4.6 * across + 0.6, 3.7 * down), layout="constrained", squeeze=False, **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def _finish(axis: Any, x: str, y: str, logarithmic: bool) -> None:
+    if logarithmic and any((np.asarray(line.get_ydata(), float) > 0).any() for line in axis.get_lines()):
+        axis.set_yscale("log")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    axis.margins(x=0.02)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """Below all panels."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = min(len(labels), 5)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def scatter(x: str, y: str, names: Mapping[str, str] | None = None, logarithmic: tuple[bool, bool] = (False, False)) -> Draw:
+    """One number of each row against another, a dot for each row. names: metric -> axis label."""
+
+    def draw(found: Results, path: Path) -> bool:
+        groups = [group for group in found.groups.values() if any(x in row.numbers and y in row.numbers for row in group.rows)]
+        if not groups:
+            return False
+        figure, (axis,) = _panels(1)
+        labels = [(names or {}).get(metric) or AXES.get(metric, (metric, 1.0, False))[0] for metric in (x, y)]
+        factors = [AXES.get(metric, (metric, 1.0, False))[1] for metric in (x, y)]
+        for i, group in enumerate(groups):
+            dots = np.array([[row.numbers[x], row.numbers[y]] for row in group.rows if x in row.numbers and y in row.numbers])
+            axis.plot(factors[0] * dots[:, 0], factors[1] * dots[:, 1], "o", color=_look(i)["color"], markeredgecolor="white", label=group.case.name)
+        _finish(axis, labels[0], labels[1], logarithmic[1])
+        if logarithmic[0]:
+            axis.set_xscale("log")
+        _legend(figure, axis)
+        drawing.save(figure, path)
+        return True
+
+    return draw
