@@ -188,7 +188,7 @@ def _switch(default: bool | Auto, text: str) -> Any:
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
 SKIP_NAMES = ("identity", "deepnorm", "none")
-INIT_NAMES = ("normal", "kaiming", "orthogonal", "fixup", "deepnorm")
+INIT_NAMES = ("normal", "kaiming", "orthogonal", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
 ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
 IN_SEGMENTS = ("recompute", "offload")

@@ -136,7 +136,7 @@ CHOICES = {
     "norm": ("layernorm", "batchnorm", "rmsnorm", "none"),
     "norm_scope": ("all", "blocks"),
     "skip": ("identity", "deepnorm", "none"),
-    "init": ("normal", "kaiming", "orthogonal", "fixup", "deepnorm"),
+    "init": ("normal", "kaiming", "orthogonal", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm"),
     "layerscale_shape": ("scalar", "channel"),
     "dataset": ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic"),
     "feed": ("auto", "ffcv", "tensors"),

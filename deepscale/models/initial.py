@@ -11,6 +11,7 @@ Random values come from a generator seeded by (seed, name of the parameter in th
 `stages.2.blocks.117.dwconv.weight`, so they depend neither on the stack size, ZeRO stage, world size nor device.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -59,6 +60,11 @@ class Layer:
     def in_block(self) -> bool:
         """Whether it is one of a block's, and so on a residual branch where there is a skip connection."""
         return ".blocks." in self.name
+
+    @property
+    def on_patches(self) -> bool:
+        """Whether its patches do not overlap, as in stem and downsamplings: then it is a matrix on patches."""
+        return self.name.startswith("stem.") or ".downsample." in self.name
 
 
 def normal(layer: Layer, generator: Generator) -> Tensor:
@@ -111,17 +117,63 @@ def orthogonal(layer: Layer, generator: Generator) -> Tensor:
     return q.mT if wide else q
 
 
+def delta_orthogonal(layer: Layer, generator: Generator) -> Tensor:
+    """Xiao et al. (arXiv:1806.05393), algorithm 2: an orthogonal matrix at the kernel's centre, and 0 around it.
+
+    Such a convolution keeps the norm of every image, with whatever padding, where it has no fewer channels out than in. A layer on
+    patches, of which the centre would be a single pixel, is `orthogonal`.
+    """
+    if layer.on_patches:
+        return orthogonal(layer, generator)
+    return _centred(layer, orthogonal(dataclasses.replace(layer, area=1), generator))
+
+
+def paired(layer: Layer, generator: Generator) -> Tensor:
+    """For ConvNeXt's block without a skip: dwconv passes its input on, pwconv1 has orthonormal columns, and pwconv2 is its transpose.
+
+    But for norm and activation the block is the identity. Of two independent orthogonal matrices C -> 4C -> C (arXiv:1312.6120) the
+    second keeps a quarter of what the first gives it, each block another one, and what is left of any signal is 0 after some ten.
+    """
+    if layer.name.endswith(".dwconv"):
+        return _centred(layer, torch.ones(layer.groups, layer.outputs, layer.inputs, dtype=torch.float64))
+    return delta_orthogonal(layer, generator)
+
+
+def mirrored(layer: Layer, generator: Generator) -> Tensor:
+    """As `paired`, with half of pwconv1's units the negatives of the others ("looks linear", Balduzzi et al. 2017, arXiv:1702.08591).
+
+    f(h) - f(-h) is h for ReLU, GELU and SiLU, so that with these the block is the identity but for its norm: Q^T (f(Qx) - f(-Qx)) = x.
+    tanh is odd: with it the slope at 0 is 2.
+    """
+    if layer.name.endswith(".pwconv1"):
+        half = orthogonal(dataclasses.replace(layer, outputs=layer.outputs // 2), generator)
+        return torch.cat([half, -half], dim=1)
+    return paired(layer, generator)
+
+
+def _centred(layer: Layer, matrices: Tensor) -> Tensor:
+    """(groups, out, in) at the centre of a kernel that is 0 elsewhere."""
+    values = matrices.new_zeros(*matrices.shape, layer.area)
+    values[..., layer.area // 2] = matrices
+    return values.flatten(2)
+
+
 def _drawn(layer: Layer, std: float, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(layer.shape, dtype=dtype, device="cpu").normal_(0.0, std, generator=generator)
 
 
-INITS: dict[str, Callable[[Layer, Generator], Tensor]] = {
+Init = Callable[[Layer, Generator], Tensor]
+INITS: dict[str, Init] = {
     "normal": normal,
     "kaiming": kaiming,
     "orthogonal": orthogonal,
+    "delta-orthogonal": delta_orthogonal,
+    "paired": paired,
+    "mirrored": mirrored,
     "fixup": fixup,
     "deepnorm": deepnorm,
 }
+TRANSPOSED = (paired, mirrored)  # their pwconv2 is their pwconv1, transposed
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -148,5 +200,11 @@ def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig) -> None:
         groups = parameter.shape[0] if owner.endswith("dwconv") else 1
         area = parameter.shape[2:].numel()
         layer = Layer(owner, groups, parameter.shape[0] // groups, parameter[0].numel() // area, area, sum(model.stage_blocks))
-        values = INITS[model.init](layer, torch.Generator().manual_seed(seed_of(seed, name)))
-        parameter.copy_(values.float().reshape(parameter.shape))
+        parameter.copy_(_weights(layer, seed, INITS[model.init]).float().reshape(parameter.shape))
+
+
+def _weights(layer: Layer, seed: int, init: Init) -> Tensor:
+    if init in TRANSPOSED and layer.name.endswith(".pwconv2"):
+        twin = dataclasses.replace(layer, name=f"{layer.name[:-1]}1", outputs=layer.inputs, inputs=layer.outputs)
+        return _weights(twin, seed, init).mT
+    return init(layer, torch.Generator().manual_seed(seed_of(seed, f"{layer.name}.weight")))

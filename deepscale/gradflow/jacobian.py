@@ -1,0 +1,24 @@
+"""Singular values of a part of a network: how much it stretches a small change of its input, in every direction at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def jacobian(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """d body(x) / dx (E, D) at one image x (1, C, H, W) of D values.
+
+    One pass over E copies of the image, for a body that treats the images of a batch by themselves: row e is the gradient of output e.
+    """
+    with torch.no_grad():
+        shape = body(x).shape[1:]
+    size = shape.numel()
+    copies = x.detach().expand(size, *x.shape[1:]).contiguous().requires_grad_()
+    (rows,) = torch.autograd.grad(body(copies), copies, torch.eye(size, dtype=x.dtype, device=x.device).view(size, *shape))
+    return rows.flatten(1)
+
+
+def singular_values(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Those of the Jacobian, descending, float64. Of isometric layers all are 1, however many there are (Saxe et al., arXiv:1312.6120)."""
+    return torch.linalg.svdvals(jacobian(body, x).double())
