@@ -228,6 +228,11 @@ class ModelConfig(_Checked):
     )
     layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", _choice(("scalar", "channel")))
     drop_path: float = _option(0.0, "stochastic depth rate of the last block, growing linearly from 0", _real(0.0, 0.99))
+    drop_path_mode: str = _option(
+        "sample",
+        "what stochastic depth drops a block for: single images (sample), or the whole micro batch (batch), whose block is then not computed",
+        _choice(("sample", "batch")),
+    )
     sync_batchnorm: bool = _switch(False, "share BatchNorm's batch statistics over ranks")
 
     def __post_init__(self) -> None:
@@ -239,6 +244,10 @@ class ModelConfig(_Checked):
                 "--skip none with --layerscale-init 0 leaves nothing to train: without a skip the only path is multiplied by "
                 "gamma 0; type --layerscale-init none or 1"
             )
+        if self.drop_path and self.drop_path_mode == "batch" and (self.skip == "none" or self.norm == "batchnorm"):
+            why = "a dropped block has only its skip" if self.skip == "none" else "BatchNorm would have no batch to measure in a dropped block"
+            typed = "--skip none" if self.skip == "none" else "--norm batchnorm"
+            raise UsageError(f"--drop-path-mode batch is not possible with {typed}: {why}; type --drop-path-mode sample")
         if self.init == "fixup" and self.skip == "none":
             raise UsageError(
                 "--init fixup with --skip none leaves nothing to train: the last layer of every block is 0, and without a skip the only "

@@ -1,21 +1,24 @@
 """`deepscale evaluate`: accuracy and loss of trained weights, as the run itself measured them."""
 
+import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepscale import config, kernel, world
+from deepscale import config, kernel, use, world
 from deepscale.checkpoints.trained import Trained, trained
 from deepscale.config import AUTO, Config
 from deepscale.data.sources import load_source
+from deepscale.data.splits import Source
 from deepscale.data.tensors import EvalFeed
 from deepscale.engine import TorchEngine
 from deepscale.errors import UsageError
 from deepscale.evaluation import evaluate
-from deepscale.models.convnext import use_kernel
+from deepscale.models.convnext import ConvNeXt, use_kernel
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.world import World
 
@@ -32,20 +35,48 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data-dir", help="folder of the images (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
     parser.add_argument("--kernel", choices=("auto", "native", "torch"), default="auto", help="what computes the blocks on a CPU (default: auto)")
+    parser.add_argument(
+        "--without-blocks", type=_counts, default=[], metavar="K,K%,...",
+        help=f"also without the K (or K % of the) blocks that the network uses least, measured on {use.MEASURED} validation images",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for scripts: one JSON object on standard output")
     given = parser.parse_args(arguments)
     found = trained(given.checkpoint, given.best, _say)
-    result = measure(found, given.split, given.data_dir, given.eval_images, given.device, given.kernel)
+    opened = open_trained(found, given.data_dir, given.device, given.kernel)
+    feed = opened.feed(given.split, given.eval_images)
+    result = measure(opened, given.split, feed)
+    if given.without_blocks:
+        result |= pruned(opened, feed, given.without_blocks)
     if given.json:
         print(json.dumps(result, indent=2))
         return
     where = f"{found.path}{f' after step {found.step:,}' if found.step is not None else ''}"
     measured = f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images"
     print(f"{where}: {given.split} {measured} of {result['data']}")
+    for left in result.get("without", []):
+        few = f"without the {left['blocks']:,} least used of {len(result['use']):,} blocks"
+        print(f"{few}, which move the stream by up to {left['use']:.2g} of its norm: accuracy {left['accuracy']:.2%}, loss {left['loss']:.4f}")
 
 
-def measure(found: Trained, split: str, data_dir: str | None, images: int | None, device: str, blocks: str) -> dict[str, Any]:
-    """Loss and accuracy over a split of the images that the weights were trained on, in the run's precision. Raises UsageError."""
+@dataclass(frozen=True)
+class Opened:
+    """A trained network, ready to be evaluated in the run's precision, and its images."""
+
+    found: Trained
+    model: ConvNeXt
+    engine: TorchEngine
+    place: World
+    source: Source
+    limit: int | None
+
+    def feed(self, split: str, images: int | None = None) -> EvalFeed:
+        """The first `images` of a split; None: as many as the run's."""
+        limit = self.limit if images is None else images
+        return EvalFeed(getattr(self.source, split), self.source.info, batch=EVALUATION_BATCH, device=self.place.device, limit=limit)
+
+
+def open_trained(found: Trained, data_dir: str | None = None, device: str = "auto", blocks: str = "auto") -> Opened:
+    """Trained weights with the images that they were trained on; `blocks` is the kernel. Raises UsageError."""
     described, model = found.described, found.network()
     try:
         data = described["data"]
@@ -54,7 +85,7 @@ def measure(found: Trained, split: str, data_dir: str | None, images: int | None
             grey=data.get("grey", False), image_size=data.get("image_size", AUTO),
             engine="torch", device=device, kernel=blocks, download=False,
         )  # fmt: skip
-        digest, limit = data["digest"], images if images is not None else data["eval_images"]
+        digest, limit = data["digest"], data["eval_images"]
     except (KeyError, TypeError) as error:
         raise UsageError(f"{found.path} does not say what it was trained on ({error} is missing): it was written by an earlier version") from None
     place = World(0, 1, 0, 1, torch.device(world.choose_device(asked.engine)))
@@ -65,17 +96,43 @@ def measure(found: Trained, split: str, data_dir: str | None, images: int | None
             f"(digest {source.info.digest[:12]}); give the folder of those: --data-dir FOLDER"
         )
     use_kernel(model, str(kernel.choose(asked, place, _say, _say).engine.kernel))
-    engine = TorchEngine(model.to(place.device), asked, place)
-    feed = EvalFeed(getattr(source, split), source.info, batch=EVALUATION_BATCH, device=place.device, limit=limit)
-    measured = evaluate(engine, feed, place)
+    return Opened(found, model, TorchEngine(model.to(place.device), asked, place), place, source, limit)
+
+
+def measure(opened: Opened, split: str, feed: EvalFeed) -> dict[str, Any]:
+    """Loss and accuracy over a split."""
+    measured = evaluate(opened.engine, feed, opened.place)
     return {
-        "checkpoint": str(found.path),
-        "step": found.step,
-        "data": source.info.label,
+        "checkpoint": str(opened.found.path),
+        "step": opened.found.step,
+        "data": opened.source.info.label,
         "split": split,
         **measured,
         "images": int(measured["images"]),
     }
+
+
+def pruned(opened: Opened, feed: EvalFeed, counts: list[str]) -> dict[str, Any]:
+    """Every block's use, and loss and accuracy without the least used ones. Raises UsageError for more blocks than there are."""
+    names = use.block_names(opened.model)
+    numbers = [round(len(names) * float(text[:-1]) / 100) if text.endswith("%") else int(text) for text in counts]
+    if max(numbers) > len(names):
+        raise UsageError(f"--without-blocks {max(numbers)} is more than the network's {len(names):,} blocks; type fewer")
+    shares = use.use_of_blocks(opened.model, opened.feed("validation", use.MEASURED), opened.engine)
+    order = use.least_used(shares)
+    found = use.without(opened.model, opened.engine, feed, opened.place, order, numbers)
+    for row, number in zip(found, numbers, strict=True):
+        row["use"] = shares[order[number - 1]] if number else 0.0
+    return {"use": dict(zip(names, shares, strict=True)), "without": found}
+
+
+def _counts(text: str) -> list[str]:
+    counts = text.split(",")
+    for count in counts:
+        digits = count.removesuffix("%")
+        if not digits.isdigit() or (count.endswith("%") and int(digits) > 100):
+            raise argparse.ArgumentTypeError(f"{count!r} is no number of blocks and no share of them; type for example 10,25%,50%")
+    return counts
 
 
 def _say(text: str) -> None:

@@ -98,7 +98,7 @@ def stages_of(config: Config, images: Images) -> list[Stage]:
     sizes = stack_blocks(model.stage_blocks, config.engine.stack_size)
     for own, (blocks, rows, width) in zip(sizes, stage_shapes(model, images.micro, images.side), strict=True):
         spec = block_spec(model, width)
-        block = Block(spec, rows, STREAM_BYTES, BRANCH_BYTES[config.engine.precision], model.drop_path > 0)
+        block = Block(spec, rows, STREAM_BYTES, BRANCH_BYTES[config.engine.precision], model.drop_path > 0 and model.drop_path_mode == "sample")
         normed = before if stages else width  # the stem's norm comes after its convolution
         outer = before * width * kernel**2 + width + norm * normed
         stages.append(Stage(block, tuple(own), before, kernel, blocks * spec.parameters + outer))
@@ -176,7 +176,8 @@ def _block_backward(config: Config, stage: Stage) -> int:
 def _folded(config: Config, stage: Stage) -> int:
     """A stack's weights made ready for its blocks: W1 and W2 times the norm's weight and gamma, or cast to the branch's precision."""
     low = config.engine.precision != "fp32"
-    factor = config.model.gamma_init is not None or stage.block.spec.scale != 1.0
+    dropping = config.model.drop_path > 0 and config.model.drop_path_mode == "batch"
+    factor = config.model.gamma_init is not None or stage.block.spec.scale != 1.0 or dropping
     folded = (config.model.norm != "none") + (factor and not low)
     matrix = max(stage.stacks) * 4 * stage.channels**2
     return matrix * (folded * STREAM_BYTES + (2 * stage.block.branch_bytes if low else 0))

@@ -9,7 +9,7 @@ from deepscale.config import Config
 from deepscale.engine import Engine
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import FILE, Floats, Flow
-from deepscale.gradflow.health import HEALTHY, NONFINITE, Thresholds, Verdict, depth_curve, scalars, verdict
+from deepscale.gradflow.health import HEALTHY, NEVER, NONFINITE, Thresholds, Verdict, depth_curve, scalars, verdict
 from deepscale.gradflow.recorder import Recorder
 from deepscale.gradflow.schedule import record_steps
 from deepscale.models.convnext import ConvNeXt
@@ -36,7 +36,8 @@ class Records:
         tracking = settings.tracking
         self.recorder = Recorder(model, engine=engine)
         self.engine, self.every, self.tracker, self.progress = engine, tracking.record_every, tracker, progress
-        self.thresholds = Thresholds(vanishing_ratio=tracking.vanishing_ratio, exploding_ratio=tracking.exploding_ratio)
+        dropping = settings.model.drop_path > 0 and settings.model.drop_path_mode == "batch"
+        self.thresholds = Thresholds(tracking.vanishing_ratio, tracking.exploding_ratio, dead_layers=NEVER if dropping else 1)
         self.steps: tuple[int, ...] = ()
         self.current: int | None = None
         self.counted = 0  # records with saturation

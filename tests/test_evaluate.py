@@ -116,6 +116,19 @@ def test_an_exported_checkpoint_is_what_the_plain_network_loads(folder: Path, tm
     assert evaluated(capsys, str(target))["loss"] == pytest.approx(recorded(folder, "test", 6)["loss"], rel=1e-6)
 
 
+def test_without_the_least_used_blocks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Leaving out none changes nothing; all blocks are named with their use; more than there are and nonsense are refused in a sentence."""
+    found = evaluated(capsys, "weights", "--without-blocks", "0,3,50%,8")
+    assert [row["blocks"] for row in found["without"]] == [0, 3, 4, 8]
+    assert found["without"][0]["loss"] == found["loss"] and found["without"][0]["use"] == 0.0
+    assert len({row["loss"] for row in found["without"]}) == 4
+    assert list(found["use"])[-1] == "stages.3.blocks.0" and sorted(found["use"].values())[2] == found["without"][1]["use"] > 0
+    main(["evaluate", "weights", "--without-blocks", "25%"])
+    assert "without the 2 least used of 8 blocks, which move the stream by up to" in capsys.readouterr().out
+    for typed, words in (("9", "more than the network's 8 blocks"), ("half", "type for example 10,25%,50%"), ("101%", "no share")):
+        assert words in refused(capsys, "evaluate", "weights", "--without-blocks", typed)
+
+
 def test_bad_input_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in refused(capsys, "evaluate", "nowhere")
     assert "nowhere" in refused(capsys, "export", "nowhere", str(tmp_path / "out"))

@@ -9,7 +9,7 @@ Slopes are positive where the gradient grows with depth, that is where it falls 
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from deepscale.gradflow.values import Bools, Doubles, closed_by_gamma, depth_cur
 
 __all__ = ["LABELS", "Thresholds", "Verdict", "depth_curve", "scalars", "verdict"]
 
+NEVER = 2**31
 HEALTHY, VANISHING, EXPLODING, DEAD, NONFINITE = LABELS = ("healthy", "vanishing", "exploding", "dead layers", "non-finite")
 
 
@@ -43,14 +44,18 @@ class Thresholds:
     exploding_l2: float = 1e4  # of any weight's gradient; healthy networks stay below 20
     negligible: float = 1e-8  # mean |g|: AdamW's default eps, below which a weight hardly moves
     dead_share: float = 1.0  # of a block's activation units
-    dead_layers: int = 1  # weights and blocks from which on the network is called by its dead layers
+    # Weights and blocks from which on the network is called by its dead layers; NEVER where stochastic depth drops whole blocks: what is
+    # dropped in a step has no gradient there.
+    dead_layers: int = 1
 
     @classmethod
     def of(cls, flow: Flow) -> "Thresholds":
         """Those that the run was judged by, as its settings in the record say; else the defaults."""
         with suppress(KeyError, TypeError, ValueError):
             settings = flow.meta["settings"]
-            return cls(vanishing_ratio=float(settings["vanishing_ratio"]), exploding_ratio=float(settings["exploding_ratio"]))
+            limits = cls(vanishing_ratio=float(settings["vanishing_ratio"]), exploding_ratio=float(settings["exploding_ratio"]))
+            dropping = settings.get("drop_path_mode") == "batch" and float(settings.get("drop_path", 0)) > 0
+            return replace(limits, dead_layers=NEVER) if dropping else limits
         return cls()
 
 

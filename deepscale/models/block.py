@@ -62,24 +62,20 @@ class BlockSpec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
 
-def factor_of(spec: BlockSpec, parameters: dict[str, Tensor]) -> Tensor | None:
-    """(n, 1 or C) what multiplies the blocks' branches: gamma and the constants beside it; None where that is 1."""
-    gamma = parameters.get("gamma")
-    if gamma is not None:
-        return gamma if spec.scale == 1.0 else gamma * spec.scale
-    bias = parameters["pwconv2.bias"]
-    return None if spec.scale == 1.0 else bias.new_full((len(bias), 1), spec.scale)
-
-
 def rows_of(x: Tensor) -> Tensor:
     """(B, C, H, W) in channels-last memory -> (M, C), the same memory."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 class Weights:
-    """A stack's weights made ready for its blocks: folded and cast to the branch's dtype."""
+    """A stack's weights made ready for its blocks: folded and cast to the branch's dtype.
 
-    def __init__(self, spec: BlockSpec, parameters: dict[str, Tensor], stream: torch.dtype, branch: torch.dtype) -> None:
+    `passing` (n): what multiplies each block's branch in this pass beside gamma and the spec's scale; a block of 0 is left out. None: 1.
+    """
+
+    def __init__(
+        self, spec: BlockSpec, parameters: dict[str, Tensor], stream: torch.dtype, branch: torch.dtype, passing: tuple[float, ...] | None = None
+    ) -> None:
         p = {name: value.to(stream) for name, value in parameters.items()}
         w1, b1, w2, b2 = p["pwconv1.weight"], p["pwconv1.bias"], p["pwconv2.weight"], p["pwconv2.bias"]
         if "norm.bias" in p:
@@ -87,13 +83,17 @@ class Weights:
         if "norm.weight" in p:
             w1 = w1 * p["norm.weight"][:, None, :]
         # An fp16 branch is scaled in the stream's precision instead: a small factor times W2 would underflow. bf16 has float32's range.
-        factor = factor_of(spec, p)
-        self.factor = factor.unbind(0) if factor is not None and branch == torch.float16 != stream else None
-        if factor is not None and self.factor is None:
-            w2, b2 = w2 * factor[:, :, None], b2 * factor
+        self.blocks = len(w1)
+        self.computed = [i for i in range(self.blocks) if passing is None or passing[i]]
+        constants = passing if passing is not None else (1.0,) * self.blocks if spec.scale != 1.0 else None
+        self.constant = None if constants is None else b2.new_tensor(constants)[:, None].mul_(spec.scale)  # (n, 1)
+        self.factor = p.get("gamma", self.constant) if self.constant is None or "gamma" not in p else p["gamma"] * self.constant  # (n, 1 or C)
+        self.apart = self.factor.unbind(0) if self.factor is not None and branch == torch.float16 != stream else None
+        if self.factor is not None and self.apart is None:
+            w2, b2 = w2 * self.factor[:, :, None], b2 * self.factor
         ready = {"dw": p["dwconv.weight"], "dw_bias": p["dwconv.bias"], "w1": w1, "b1": b1, "w2": w2, "b2": b2}
         self.stacked = {name: value.to(branch) for name, value in ready.items()}  # (n, ...) each
-        self.branch, self.stream, self.blocks = branch, stream, len(w1)
+        self.branch, self.stream = branch, stream
 
 
 @dataclass
@@ -152,8 +152,8 @@ class TorchWork:
         w = self.weights
         x = saved.x
         out = torch.addmm(self.b2[i], saved.a, self.w2_t[i])  # (M, C)
-        if w.factor is not None:
-            out = out * w.factor[i]
+        if w.apart is not None:
+            out = out * w.apart[i]
         if self.masks is not None:
             out = out * self.masks[i]
         if self.spec.adds:
@@ -172,7 +172,7 @@ class TorchWork:
                 self.observer.output(i - 1, saved.x)
         masked = g if self.masks is None else g * self.masks[i]
         branch = masked.to(w.branch)
-        scaled = branch if w.factor is None else (masked * w.factor[i]).to(w.branch)
+        scaled = branch if w.apart is None else (masked * w.apart[i]).to(w.branch)
         grads.write(grads.w2, i, branch.t(), saved.a)  # (C, 4C)
         torch.sum(masked, 0, out=grads.b2[i])
         dh = self.through_activation(scaled @ self.w2[i], saved, i)  # (M, 4C)
@@ -205,11 +205,11 @@ class TorchWork:
 
 
 class Gradients:
-    """Gradients of a stack's folded weights, filled block by block, then unfolded for all blocks at once."""
+    """Gradients of a stack's folded weights, filled block by block, then unfolded for all blocks at once. Those of blocks left out are 0."""
 
-    def __init__(self, spec: BlockSpec, blocks: int, like: Tensor) -> None:
-        self.spec = spec
-        n, c, k = blocks, spec.channels, spec.kernel_size
+    def __init__(self, spec: BlockSpec, weights: Weights, like: Tensor) -> None:
+        self.weights = weights
+        n, c, k = weights.blocks, spec.channels, spec.kernel_size
         self.stacked = {
             "dw": like.new_empty(n, c, 1, k, k),
             "dw_bias": like.new_empty(n, c),
@@ -218,6 +218,9 @@ class Gradients:
             "w2": like.new_empty(n, c, 4 * c),
             "b2": like.new_empty(n, c),
         }
+        if len(weights.computed) < n:
+            for value in self.stacked.values():
+                value.zero_()
         self.dw, self.dw_bias, self.w1, self.b1, self.w2, self.b2 = (value.unbind(0) for value in self.stacked.values())
 
     @staticmethod
@@ -240,9 +243,10 @@ class Gradients:
         if "norm.bias" in p:
             grads["norm.bias"] = (b1[:, None, :] @ p["pwconv1.weight"])[:, 0, :]
             w1.addcmul_(b1[:, :, None], p["norm.bias"][:, None, :])
-        factor = factor_of(self.spec, p)
-        if "gamma" in p:  # W2' = gamma scale W2, b2' = gamma scale b2
-            gamma = ((w2 * p["pwconv2.weight"]).sum(2) + b2 * p["pwconv2.bias"]).mul_(self.spec.scale)
+        factor, constant = self.weights.factor, self.weights.constant
+        if "gamma" in p:  # W2' = gamma constant W2, b2' = gamma constant b2
+            gamma = (w2 * p["pwconv2.weight"]).sum(2) + b2 * p["pwconv2.bias"]
+            gamma = gamma if constant is None else gamma * constant
             grads["gamma"] = gamma.sum(1, keepdim=True) if p["gamma"].shape[1] == 1 else gamma
         if factor is not None:
             w2, b2 = w2.mul_(factor[:, :, None]), b2 * factor

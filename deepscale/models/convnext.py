@@ -145,7 +145,7 @@ class ConvNeXt(nn.Module):
             stacks, first = [], 0
             for n in sizes[s]:
                 rates = drop_rates(model.drop_path, done + first, n, total)
-                stacks.append(BlockStack(block_spec(model, width), first, n, rates))
+                stacks.append(BlockStack(block_spec(model, width), first, n, rates, model.drop_path_mode == "batch"))
                 first += n
             stages.append(Stage(downsample, stacks))
             done += blocks[s]

@@ -27,6 +27,7 @@ class PlainBlock(nn.Module):
     def __init__(self, model: ModelConfig, channels: int, drop_rate: float) -> None:
         super().__init__()
         skip = SKIPS[model.skip]
+        self.drop_whole = model.drop_path_mode == "batch"
         self.adds, self.scale, self.drop_rate = skip.adds, skip.scale(sum(model.stage_blocks)), drop_rate
         self.dwconv = nn.Conv2d(channels, channels, model.kernel_size, padding=model.kernel_size // 2, groups=channels)
         self.norm = TransposedNorm(model.norm, channels, model.sync_batchnorm)
@@ -38,11 +39,16 @@ class PlainBlock(nn.Module):
             self.gamma = nn.Parameter(torch.empty(1 if model.layerscale_shape == "scalar" else channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        dropping = self.training and self.drop_rate > 0
+        if dropping and self.drop_whole and torch.rand((), device="cpu") < self.drop_rate:
+            return x
         branch = self.pwconv2(self.activation(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             branch = branch * self.gamma[:, None, None]
         branch = branch * self.scale
-        if self.training and self.drop_rate:
+        if dropping and self.drop_whole:
+            branch = branch / (1 - self.drop_rate)
+        elif dropping:
             kept = torch.rand(x.shape[0], device=x.device) >= self.drop_rate
             branch = branch * (kept.to(x.dtype) / (1 - self.drop_rate))[:, None, None, None]
         return x + branch if self.adds else branch

@@ -51,7 +51,14 @@ class _StackFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stack: "BlockStack", branch: torch.dtype, keeping: Keeping | None, masks: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        stack: "BlockStack",
+        branch: torch.dtype,
+        keeping: Keeping | None,
+        masks: Tensor | None,
+        passing: tuple[float, ...] | None,
+        *parameters: Tensor,
     ) -> Tensor:
         spec, moments = stack.spec, None
         if spec.norm == "batchnorm":
@@ -61,13 +68,17 @@ class _StackFunction(torch.autograd.Function):
             moments = moments.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             named = dict(zip(spec.shapes(), parameters, strict=True))
-            weights = Weights(spec, named, x.dtype, branch)
+            weights = Weights(spec, named, x.dtype, branch, passing)
             work = _work(stack.kernel, spec, weights, norms_of(spec, weights.blocks, moments, fixed=not stack.training), x, masks, None)
             kept: list[Any] = []
-            first, measuring = x, moments if stack.training else None
+            first, measuring, computed = x, moments if stack.training else None, weights.computed
+            place = 0  # among those that are computed
             for i in range(weights.blocks):
-                x = _forward(work, x, i, measuring, keeping, kept)
-                if stack.observer is not None and (stack.observer.without_gradients if keeping is None else i == weights.blocks - 1):
+                if place < len(computed) and computed[place] == i:
+                    x = _forward(work, x, i, place, measuring, keeping, kept)
+                    place += 1
+                ends = place == len(computed)
+                if stack.observer is not None and (stack.observer.without_gradients if keeping is None else ends):
                     stack.observer.output(i, x)  # with gradients, backward shows the others: what it needs of them it has then
         if moments is not None and stack.training:
             stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
@@ -75,29 +86,39 @@ class _StackFunction(torch.autograd.Function):
         held = () if keeping is not None and keeping.store is not None else (first,)
         ctx.save_for_backward(*parameters, *held)
         ctx.spec, ctx.kept, ctx.keeping, ctx.observer, ctx.kernel = spec, kept, keeping, stack.observer, stack.kernel
-        ctx.masks, ctx.moments, ctx.fixed, ctx.branch = masks, moments, not stack.training, branch
+        ctx.masks, ctx.moments, ctx.fixed, ctx.branch, ctx.passing, ctx.spent = masks, moments, not stack.training, branch, passing, False
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        if not ctx.kept:
+        if ctx.spent:
             raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
-        spec, output = ctx.spec, outputs[0]
+        ctx.spent = True
+        spec, output, observer = ctx.spec, outputs[0], ctx.observer
         with torch.autocast(output.device.type, enabled=False):
             named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=False))
-            weights = Weights(spec, named, output.dtype, ctx.branch)
-            work = _work(ctx.kernel, spec, weights, norms_of(spec, weights.blocks, ctx.moments, ctx.fixed), output, ctx.masks, ctx.observer)
+            weights = Weights(spec, named, output.dtype, ctx.branch, ctx.passing)
+            work = _work(ctx.kernel, spec, weights, norms_of(spec, weights.blocks, ctx.moments, ctx.fixed), output, ctx.masks, observer)
             batch, channels, height, width = output.shape
-            grads = Gradients(spec, weights.blocks, output)
+            grads = Gradients(spec, weights, output)
             g = rows_of(output.contiguous(memory_format=torch.channels_last))
             saved: list[Any] = []
+            above: Any = None  # what was saved of the block after the one at hand
+            place = len(weights.computed)
             for i in reversed(range(weights.blocks)):
-                if not saved:
-                    saved = _again(work, ctx.kept.pop(), ctx.keeping, i)
-                g = work.backward(g, saved.pop(), i, grads)
+                if place and weights.computed[place - 1] == i:
+                    place -= 1
+                    if not saved:
+                        saved = _again(work, ctx.kept.pop(), ctx.keeping, weights.computed, place)
+                    above = saved.pop()
+                    g = work.backward(g, above, i, grads)
+                elif observer is not None:  # a block that is left out: its input is the input of the next one
+                    observer.gradient(i, g)
+                    if i and above is not None:
+                        observer.output(i - 1, above.x)
             dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
-            return dx, None, None, None, None, *grads.unfolded(named).values()
+            return dx, None, None, None, None, None, *grads.unfolded(named).values()
 
 
 def _work(
@@ -109,10 +130,10 @@ def _work(
     return TorchWork(spec, weights, norms, masks, observer)
 
 
-def _forward(work: Any, x: Tensor, i: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
-    """Block i, adding to `kept` what is kept of it, or of the segment that it begins."""
+def _forward(work: Any, x: Tensor, i: int, place: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
+    """Block i, the one at `place` of those that are computed, adding to `kept` what is kept of it, or of the segment that it begins."""
     if keeping is None or keeping.segment:
-        if keeping is not None and i % keeping.segment == 0:
+        if keeping is not None and place % keeping.segment == 0:
             kept.append(x if keeping.store is None else keeping.store.put(x))
         return work.forward(x, i, moments)
     x, part = (work.kept if keeping.hidden else work.standard)(x, i, moments)
@@ -120,34 +141,39 @@ def _forward(work: Any, x: Tensor, i: int, moments: Tensor | None, keeping: Keep
     return x
 
 
-def _again(work: Any, part: Any, keeping: Keeping, last: int) -> list[Any]:
-    """What the backward of block `last`, or of the segment that it ends, needs: from what `_forward` kept, the rest computed again."""
+def _again(work: Any, part: Any, keeping: Keeping, computed: list[int], last: int) -> list[Any]:
+    """What the backward of the block at place `last`, or of the segment that it ends, needs: from what `_forward` kept, the rest computed again."""
     if not keeping.segment:
-        return [part if keeping.hidden else work.expanded(*part, last)]
+        return [part if keeping.hidden else work.expanded(*part, computed[last])]
     x, again = part if keeping.store is None else keeping.store.get(part), []
-    for i in range(last - last % keeping.segment, last):
-        x, saved = work.kept(x, i)
+    for place in range(last - last % keeping.segment, last):
+        x, saved = work.kept(x, computed[place])
         again.append(saved)
-    return [*again, work.hidden(x, last)]
+    return [*again, work.hidden(x, computed[last])]
 
 
 class BlockStack(nn.Module):
     """Blocks `first` ... `first + blocks - 1` of a stage.
 
     Parameters are named as in the plain network with the dot replaced (`dwconv_weight`), of shape (n, ...); `gamma` is
-    (n, 1) or (n, C). `drop_rates` (n,): stochastic depth (arXiv:1603.09382), a per-sample mask on the branch. `keeping` says what
-    forward leaves for backward, at first all (deepscale/activations.py changes it). While an `observer` is attached, forward and
-    backward passes with gradients show it every block, and passes without if it asks for them; they compute the same values.
+    (n, 1) or (n, C). `drop_rates` (n,): stochastic depth, of single images by a mask on the branch, or, with `drop_whole`, as in
+    arXiv:1603.09382 of a block for the whole (micro) batch, which then is computed neither forward nor backward. Every rank draws its own
+    blocks, as it draws its own images: that needs no message, its random state is in the checkpoint already, and the step's gradient is
+    the mean over several networks; what ranks wait for the one that dropped fewest is little where there are many blocks. `without`: blocks
+    that are left out of every pass. `keeping` says what forward leaves for backward, at first all (deepscale/activations.py changes it).
+    While an `observer` is attached, forward and backward passes with gradients show it every block, and passes without if it asks for
+    them; they compute the same values.
     """
 
     observer: BlockObserver | None = None
     keeping = Keeping()
     _rates: Tensor | None = None  # drop_rates (n, 1) on the device
     kernel = "torch"  # or "native", which must be loaded
+    without: frozenset[int] = frozenset()
 
-    def __init__(self, spec: BlockSpec, first: int, blocks: int, drop_rates: tuple[float, ...] | None = None) -> None:
+    def __init__(self, spec: BlockSpec, first: int, blocks: int, drop_rates: tuple[float, ...] | None = None, drop_whole: bool = False) -> None:
         super().__init__()
-        self.spec, self.first, self.blocks, self.drop_rates = spec, first, blocks, drop_rates
+        self.spec, self.first, self.blocks, self.drop_rates, self.drop_whole = spec, first, blocks, drop_rates, drop_whole
         for name, shape in spec.shapes().items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.empty(blocks, *shape)))
         if spec.norm == "batchnorm":
@@ -164,11 +190,22 @@ class BlockStack(nn.Module):
         branch = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
         keeping = self.keeping if torch.is_grad_enabled() else None
         x = x.contiguous(memory_format=torch.channels_last)
-        return _StackFunction.apply(x, self, branch, keeping, self._masks(x), *parameters)
+        return _StackFunction.apply(x, self, branch, keeping, self._masks(x), self._passing(), *parameters)
+
+    def _passing(self) -> tuple[float, ...] | None:
+        """(n) what multiplies every block's branch in this pass, 0 for a block that is left out; None for 1."""
+        drawn = None
+        if self.training and self.drop_rates is not None and self.drop_whole:
+            # On the CPU: what is computed depends on it, and a GPU would be waited for.
+            draws = torch.rand(self.blocks, device="cpu").tolist()
+            drawn = tuple(0.0 if draw < rate else 1 / (1 - rate) for draw, rate in zip(draws, self.drop_rates, strict=True))
+        if not self.without:
+            return drawn
+        return tuple(0.0 if i in self.without else factor for i, factor in enumerate(drawn or (1.0,) * self.blocks))
 
     def _masks(self, x: Tensor) -> Tensor | None:
-        """Stochastic depth's factors, (n, M, 1), or None."""
-        if not self.training or self.drop_rates is None:
+        """Stochastic depth's factors for single images, (n, M, 1), or None."""
+        if not self.training or self.drop_rates is None or self.drop_whole:
             return None
         if self._rates is None or self._rates.device != x.device:  # once: a copy to a GPU waits for all of its work
             self._rates = torch.tensor(self.drop_rates, dtype=torch.float64, device=x.device)[:, None]
