@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError, unknown_choice
+from deepscale.models import registry
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -69,16 +70,11 @@ def _auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def parse_depth(text: str) -> int:
-    """Layers as a whole number; the range is checked where blocks are made of it."""
+    """Layers as a whole number; which of them there can be is the network's matter (models/registry.py)."""
     try:
-        depth = int(text.replace("_", "").replace(",", ""))
+        return int(text.replace("_", "").replace(",", ""))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of layers; type for example --depth 1004") from None
-    try:
-        blocks_for_depth(depth)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return depth
 
 
 def _blocks(text: str) -> tuple[int, ...]:
@@ -185,10 +181,11 @@ def _switch(default: bool | Auto, text: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- settings
 
+MODEL_NAMES = tuple(registry.MODELS)
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
 SKIP_NAMES = ("identity", "deepnorm", "none")
-INIT_NAMES = ("normal", "kaiming", "orthogonal", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
+INIT_NAMES = ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
 ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
 IN_SEGMENTS = ("recompute", "offload")
@@ -207,10 +204,11 @@ class _Checked:
 
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
-    """The network. B batch, C channels of a stage, N blocks of a stage."""
+    """The network. Defaults are ConvNeXt's; models/registry.py has those of the others. B batch, C channels of a stage, N blocks of a stage."""
 
-    depth: int = _option(26, "layers: stem + 3 per block + head, rounded up to the next reachable depth", parse_depth)
+    depth: int = _option(26, "layers, rounded up to the next that the network can have; ConvNeXt: stem + 3 per block + head", parse_depth)
     blocks: tuple[int, ...] | None = _option(None, "blocks per stage a,b,c,d; overrides --depth", _blocks)
+    model: str = _option("convnext", f"network: {', '.join(MODEL_NAMES)}; each knows some of the settings here", _choice(MODEL_NAMES))
     width: int | Auto = _option(AUTO, "channels of stage 1, doubled at each stage; auto: 64 where it fits", _auto(_integer(1)))
     patch_size: int | Auto = _option(AUTO, "side and stride of the stem's convolution, pixels; auto: 1 where time allows", _auto(_integer(1)))
     kernel_size: int = _option(3, "side of the depthwise convolutions, pixels, odd", _integer(1))
@@ -220,7 +218,9 @@ class ModelConfig(_Checked):
     skip: str = _option(
         "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", _choice(SKIP_NAMES)
     )
-    init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; normal has deviation 0.02, kaiming is He's", _choice(INIT_NAMES))
+    skip_scope: str = _option("blocks", "where --skip applies in vgg: blocks, or all (those that halve the image, too)", _choice(("blocks", "all")))
+    init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; kaiming is He's, torch its default, biases too", _choice(INIT_NAMES))
+    init_std: float = _option(0.02, "deviation of --init normal", _real(0.0))
     layerscale_init: float | None | Auto = _option(
         AUTO,
         "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, and 1 with --init fixup; none with other skips",
@@ -237,9 +237,12 @@ class ModelConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        registry.check(self)
+        if self.init != "normal" and self.init_std != 0.02:
+            raise UsageError(f"--init-std {self.init_std:g} is for --init normal, and --init {self.init} was given; leave --init-std out")
         if self.kernel_size % 2 == 0:
             raise UsageError(f"--kernel-size {self.kernel_size} is even; an odd side keeps the resolution: type 3, 5 or 7")
-        if self.skip == "none" and self.gamma_init == 0.0:
+        if self.skip == "none" and self.layerscale_init == 0.0:
             raise UsageError(
                 "--skip none with --layerscale-init 0 leaves nothing to train: without a skip the only path is multiplied by "
                 "gamma 0; type --layerscale-init none or 1"
@@ -268,13 +271,13 @@ class ModelConfig(_Checked):
 
     @property
     def stage_blocks(self) -> tuple[int, ...]:
-        """Blocks of the four stages."""
-        return self.blocks or blocks_for_depth(self.depth)
+        """Blocks of ConvNeXt's four stages; none of another network."""
+        return (self.blocks or blocks_for_depth(self.depth)) if self.model == "convnext" else ()
 
     @property
     def built_depth(self) -> int:
         """Layers of the network that is really built."""
-        return depth_of_blocks(self.stage_blocks)
+        return depth_of_blocks(self.blocks) if self.blocks else registry.MODELS[self.model].depth(self.depth)
 
 
 @dataclass(frozen=True)
@@ -427,12 +430,19 @@ class Config:
         unknown = set(values) - set(flat(self))
         if unknown:
             raise UsageError(f"setting {sorted(unknown)[0]!r} is not known; possible: {', '.join(flat(self))}")
+        if values.get("model", self.model.model) != self.model.model:
+            values = self._of_network(str(values["model"])) | values
         groups = {}
         for group in dataclasses.fields(self):
             part = getattr(self, group.name)
             own = {f.name: values[f.name] for f in dataclasses.fields(part) if f.name in values}
             groups[group.name] = dataclasses.replace(part, **own)
         return Config(**groups)
+
+    def _of_network(self, name: str) -> dict[str, Any]:
+        """The network's settings as they are with another --model: its defaults, and what differs from those here."""
+        before, now = registry.defaults(self.model.model), dataclasses.asdict(self.model)
+        return registry.defaults(name) | {own: value for own, value in now.items() if value != before[own]}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -454,8 +464,8 @@ def from_json(name: str, value: Any) -> Any:
 
 
 def differing(config: Config) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
-    default = flat(Config())
+    """The settings that differ from their defaults, which are the network's own."""
+    default = flat(Config()) | registry.defaults(config.model.model) | {"model": Config().model.model}
     return {name: value for name, value in flat(config).items() if value != default[name]}
 
 
@@ -512,6 +522,10 @@ def from_namespace(values: argparse.Namespace) -> Config:
         if given.setdefault(name, value) != value:
             raise UsageError(f"{switch} is short for --{name} {value}, and {said[name]} was given, too; leave one of them out")
         said[name] = switch
+    for name in given:
+        if given[name] == known[name] and name != "model":
+            continue  # as it is by itself
+        registry.refuse_unknown(given.get("model", Config().model.model), name)
     return Config().replace(**given)
 
 
@@ -522,7 +536,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 def parse_typed(arguments: Sequence[str] | None = None, prog: str = "deepspeed deepscale/train.py") -> tuple[Config, frozenset[str]]:
     """(the settings of a command line, the names of those that were typed). Raises UsageError with a sentence for bad input."""
-    command = parser(prog, "Train a ConvNeXt of any depth. Every setting left out is `auto` or its default.")
+    command = parser(prog, "Train a ConvNeXt, or another network, of any depth. Every setting left out is `auto` or its default.")
     add_arguments(command, *GROUPS)
     values = command.parse_args(arguments)
     short = {name for _, name, _ in getattr(values, SHORT, ())}

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from deepscale.config import AUTO, Config
 from deepscale.errors import UsageError
-from deepscale.models.convnext import count_parameters, stack_tensors
+from deepscale.models.convnext import stack_tensors
 from deepscale.paths import ds_config_path
+from deepscale.plan_counted import parameters_of, tensors_of
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 SECTIONS = ("zero_optimization", "torch_autocast", "bf16", "fp16", "activation_checkpointing", "comms_logger", "flops_profiler", "aio", "checkpoint")
@@ -191,7 +192,9 @@ def _filled(zero: Settings, config: Config) -> Settings:
 
 
 def _stacks(config: Config) -> list[list[int]]:
-    """Elements of each parameter of each stack."""
+    """Elements of each parameter of each stack; of each module, where there are none."""
+    if config.model.model != "convnext":
+        return [list(own) for own in tensors_of(config.model)]
     return stack_tensors(config.model, config.engine.stack_size)
 
 
@@ -249,7 +252,7 @@ def gathered(config: Config, ranks: int) -> int:
     persistent = sum(n for stack in stacks for n in stack if n <= int(zero["stage3_param_persistence_threshold"]))
     ahead = int(zero["stage3_max_live_parameters"]) + max(map(max, stacks)) if zero["stage3_prefetch_bucket_size"] else 0
     reused = largest + int(zero["stage3_max_reuse_distance"])
-    return min(count_parameters(config.model), persistent + max(ahead, reused))
+    return min(parameters_of(config.model), persistent + max(ahead, reused))
 
 
 def reduce_bucket(config: Config) -> int:

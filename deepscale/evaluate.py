@@ -18,7 +18,8 @@ from deepscale.data.tensors import EvalFeed
 from deepscale.engine import TorchEngine
 from deepscale.errors import UsageError
 from deepscale.evaluation import evaluate
-from deepscale.models.convnext import ConvNeXt, use_kernel
+from deepscale.models.convnext import use_kernel
+from deepscale.models.network import Network
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.world import World
 
@@ -63,7 +64,7 @@ class Opened:
     """A trained network, ready to be evaluated in the run's precision, and its images."""
 
     found: Trained
-    model: ConvNeXt
+    model: Network
     engine: TorchEngine
     place: World
     source: Source

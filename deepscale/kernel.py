@@ -34,6 +34,8 @@ def unfit_for_native(config: Config, device: str) -> str | None:
     """Why these settings have nothing that the native kernel computes, or None."""
     if device != "cpu":
         return "it is for the CPU, and this run is on a GPU"
+    if config.model.model != "convnext":
+        return f"it computes ConvNeXt's blocks, and this is --model {config.model.model}"
     if config.model.norm == "batchnorm":
         return "it does not know --norm batchnorm"
     if config.engine.precision not in (AUTO, "fp32"):

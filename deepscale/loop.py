@@ -21,7 +21,8 @@ from deepscale.engine import Engine
 from deepscale.errors import NonFiniteError
 from deepscale.evaluation import evaluate, sums
 from deepscale.models.components import commit_running_statistics
-from deepscale.models.convnext import ConvNeXt, cross_entropy
+from deepscale.models.convnext import cross_entropy
+from deepscale.models.network import Network, first_layer
 from deepscale.optim import build_schedule, start
 from deepscale.progress import Progress
 from deepscale.records import Records
@@ -63,7 +64,7 @@ class Run:
 
     config: Config
     world: World
-    model: ConvNeXt
+    model: Network
     engine: Engine
     feeds: Feeds
     tracker: Tracker
@@ -121,6 +122,7 @@ class Fit:
         self.run = run
         self.result = Result()
         self.epoch_steps = max(1, run.feeds.train.steps // run.config.recipe.accumulation)
+        self.first = first_layer(run.model)
         self.step = 0
         self.begin = time.monotonic()
         self.warm_s, self.warm_steps, self.cold = 0.0, 0, True  # of all steps but the first of a process, which allocates
@@ -254,7 +256,7 @@ class Fit:
 
     def _first_layer(self) -> dict[str, Tensor]:
         """Mean |g| of the first layer's weight and bias, float64 scalars, as the original study plots them."""
-        gradients = {name: self.run.engine.gradient(parameter) for name, parameter in self.run.model.stem.conv.named_parameters()}
+        gradients = {name: self.run.engine.gradient(parameter) for name, parameter in self.first.named_parameters(recurse=False)}
         return {
             "grad/first_layer_mean_abs" + ("_bias" if name == "bias" else ""): gradient.abs().mean().double()
             for name, gradient in gradients.items()

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from deepscale.engine import Engine, Share
 from deepscale.gradflow.measure import rows_of
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network
 from deepscale.models.observe import BlockObserver
 from deepscale.world import World
 
 
-def culprit(model: ConvNeXt, engine: Engine, world: World, images: Iterable[Tensor]) -> str:
+def culprit(model: Network, engine: Engine, world: World, images: Iterable[Tensor]) -> str:
     """Half a sentence on the layer; between the last backward and step, with the micro batches of the step."""
     names = [name for name, _ in model.plain_names()]
     weights = flagged(model, engine, world, lambda share: share.weight)
@@ -35,7 +35,7 @@ def culprit(model: ConvNeXt, engine: Engine, world: World, images: Iterable[Tens
     return "all weights, outputs and gradients are still finite"
 
 
-def flagged(model: ConvNeXt, engine: Engine, world: World, values_of: Callable[[Share], Tensor]) -> list[str]:
+def flagged(model: Network, engine: Engine, world: World, values_of: Callable[[Share], Tensor]) -> list[str]:
     """Names in the plain network, in path order, of the parameters of which this value holds a NaN or an infinity on any rank."""
     places = list(model.plain_names())
     at = {(where.name, where.index or 0): i for i, (_, where) in enumerate(places)}
@@ -55,9 +55,9 @@ def flagged(model: ConvNeXt, engine: Engine, world: World, values_of: Callable[[
 
 
 @torch.no_grad()
-def first_output(model: ConvNeXt, engine: Engine, world: World, images: Iterable[Tensor]) -> str | None:
+def first_output(model: Network, engine: Engine, world: World, images: Iterable[Tensor]) -> str | None:
     """The first layer outside the blocks, or block, in path order whose output is not finite in a forward pass of these images on any rank."""
-    layers = list(dict.fromkeys(_unit(name) for name, _ in model.plain_names()))
+    layers = list(dict.fromkeys(_layers(model)))
     at = {layer: i for i, layer in enumerate(layers)}
     flags = torch.zeros(len(layers), device=world.device)
 
@@ -71,10 +71,15 @@ def first_output(model: ConvNeXt, engine: Engine, world: World, images: Iterable
     return layers[bad[0]] if bad else None
 
 
-def _unit(plain: str) -> str:
-    """The block of a parameter, or its layer outside the blocks: what has one output to look at."""
-    parts = plain.split(".")
-    return ".".join(parts[:4] if "blocks" in parts else parts[:-1])
+def _layers(model: Network) -> Iterator[str]:
+    """In path order: the block of each parameter in a stack, and the layer of any other, what has one output to look at."""
+    prefixes = list(dict.fromkeys(prefix for prefix, _ in model.stacks()))
+    for plain, where in model.plain_names():
+        if where.index is None:
+            yield plain.rpartition(".")[0]
+        else:
+            prefix = next(prefix for prefix in prefixes if plain.startswith(f"{prefix}."))
+            yield f"{prefix}.{plain[len(prefix) + 1 :].split('.')[0]}"
 
 
 class _Outputs(BlockObserver):
@@ -91,23 +96,21 @@ class _Outputs(BlockObserver):
 
 
 @contextmanager
-def _watched(model: ConvNeXt, layers: set[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watched(model: Network, layers: set[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While inside, `see` is shown the output of every one of the layers in each forward pass without gradients."""
     hooks = []
     for name, module in model.named_modules():
         if name in layers:
             hooks.append(module.register_forward_hook(_shown(name, see)))
-    for s, stage in enumerate(model.path):
-        for stack in stage.path:
-            stack.observer = _Outputs(lambda i, x, prefix=f"stages.{s}.blocks", first=stack.first: see(f"{prefix}.{first + i}", x))  # type: ignore[misc]
+    for prefix, stack in model.stacks():
+        stack.observer = _Outputs(lambda i, x, prefix=prefix, first=stack.first: see(f"{prefix}.{first + i}", x))  # type: ignore[misc]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for stage in model.path:
-            for stack in stage.path:
-                stack.observer = None
+        for _, stack in model.stacks():
+            stack.observer = None
 
 
 def _shown(name: str, see: Callable[[str, Tensor], None]) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -103,9 +103,12 @@ def _failure_of(words: Words) -> DeepscaleError:
 def memory_advice(settings: Config, ranks: int) -> str:
     """What to type for a smaller run: everything that is not switched on yet, what costs least first."""
     engine, micro = settings.engine, int(settings.data.batch_size) // settings.recipe.accumulation // ranks
-    least = smallest_segment(settings.model.stage_blocks)
+    stacked = settings.model.model == "convnext"
+    least = smallest_segment(settings.model.stage_blocks) if stacked else None
     advice = []
-    if engine.activations not in IN_SEGMENTS:
+    if not stacked:
+        pass  # it has neither stacks to recompute nor a width that may change
+    elif engine.activations not in IN_SEGMENTS:
         advice.append("--recompute")
     elif engine.segment != least:
         advice.append(f"--segment {least}")
@@ -117,6 +120,6 @@ def memory_advice(settings: Config, ranks: int) -> str:
         advice.append("--zero 3 --offload cpu" if ranks == 1 else "--offload cpu")
     if micro > 1:
         advice.append(f"--accumulation {2 * settings.recipe.accumulation}")
-    if int(settings.model.width) > 1:
+    if stacked and int(settings.model.width) > 1:
         advice.append(f"--width {int(settings.model.width) // 2}")
     return f"type {' or '.join(advice)}" if advice else "type a smaller --depth"

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from deepscale.config import AUTO, Config
+from deepscale.config import AUTO, Config, ModelConfig, typed
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
+from deepscale.models import registry
 from deepscale.models.convnext import default_stack_size
 from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
@@ -91,7 +92,7 @@ def _fits(config: Config, machine: Machine, shape: dict[str, int]) -> bool:
 
 def _refuse_many_ranks(config: Config, ranks: int) -> None:
     blocks = sum(config.model.stage_blocks)
-    if ranks > blocks:
+    if ranks > blocks > 0:
         raise UsageError(
             f"{ranks:,} ranks are more than the {blocks:,} blocks of {config.model.built_depth:,} layers, and some would have none to share; "
             f"type at most {blocks:,} ranks, or a larger --depth"
@@ -110,13 +111,32 @@ def settled(config: Config, machine: Machine) -> Config:
         precision = "bf16" if machine.bf16 else "fp32"
     threads = config.engine.threads if config.engine.threads != AUTO or machine.device == "cpu" else torch.get_num_threads()
     workers = config.data.workers if config.data.workers != AUTO else max(1, min(8, torch.get_num_threads()))
+    config = config.replace(device=machine.device, precision=precision, zero=stage, offload=offload, threads=threads, workers=workers)
+    if config.model.model != "convnext":
+        return _settled_without_stacks(config)
     blocks = config.model.stage_blocks
     size = config.engine.stack_size if config.engine.stack_size != AUTO else default_stack_size(blocks)
-    return (
-        config.replace(device=machine.device, precision=precision, zero=stage, offload=offload, threads=threads, workers=workers, stack_size=size)
-        .replace(kernel="native" if config.engine.kernel == "native" else "torch")
-        .replace(depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init)
-    )
+    kernel = "native" if config.engine.kernel == "native" else "torch"
+    return config.replace(
+        stack_size=size, kernel=kernel, depth=config.model.built_depth, blocks=blocks, layerscale_init=config.model.gamma_init
+    )  # fmt: skip
+
+
+def _settled_without_stacks(config: Config) -> Config:
+    """The same for a network whose blocks are modules of their own. Raises UsageError for what is done with stacks."""
+    model, engine = config.model, config.engine
+    for name, given, possible in (
+        ("activations", engine.activations, (AUTO, "keep")),
+        ("segment", engine.segment, (AUTO, None)),
+        ("stack_size", engine.stack_size, (AUTO, 1)),
+    ):
+        if given not in possible:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{' '.join(typed(name, given))} is for the stacks of --model convnext, and --model {model.model} was given; leave {flag} out"
+            )
+    open_ = {name: value for name, value in registry.defaults(model.model).items() if getattr(model, name) == AUTO}
+    return config.replace(**open_ | {"depth": model.built_depth, "stack_size": 1, "kernel": "torch"})
 
 
 def _sizes(config: Config, ranks: int) -> Iterator[Config]:
@@ -128,6 +148,9 @@ def _sizes(config: Config, ranks: int) -> Iterator[Config]:
     widths = WIDTHS if model.width == AUTO else (model.width,)
     patches = PATCHES if model.patch_size == AUTO else (model.patch_size,)
     batches = tuple(dict.fromkeys(max(1, round(b / parts)) * parts for b in BATCHES)) if data.batch_size == AUTO else (data.batch_size,)
+    if model.model != "convnext":
+        yield config.replace(batch_size=batches[0])
+        return
     for width in widths:
         yield config.replace(width=width, patch_size=patches[0], batch_size=batches[0])
     for patch in patches[1:]:
@@ -138,8 +161,9 @@ def _sizes(config: Config, ranks: int) -> Iterator[Config]:
 
 def _possible(config: Config, image_size: int, ranks: int) -> bool:
     patch, batch = config.model.patch_size, config.data.batch_size
-    assert isinstance(patch, int) and isinstance(batch, int)
-    return batch % (ranks * config.recipe.accumulation) == 0 and image_size // patch >= 2 ** (STAGES - 1)
+    assert isinstance(batch, int)
+    large_enough = config.model.model != "convnext" or image_size // int(patch) >= 2 ** (STAGES - 1)
+    return batch % (ranks * config.recipe.accumulation) == 0 and large_enough
 
 
 def _impossible(config: Config, image_size: int, ranks: int) -> UsageError:
@@ -160,8 +184,12 @@ def _too_large(config: Config, machine: Machine, shape: dict[str, int]) -> Usage
     """The sentence for a network that cannot fit: what it needs, what is free, and the largest width that fits."""
     smallest = choose(list(_sizes(config, machine.ranks))[-1], machine, **shape)
     needed = memory_of(smallest, machine.ranks, **shape)
-    width = int(smallest.model.width)
-    what = f"{smallest.model.built_depth:,} layers at --width {width}"
+    width = int(smallest.model.width) if smallest.model.model == "convnext" else 0
+    what = (
+        f"{smallest.model.built_depth:,} layers at --width {width}"
+        if width
+        else f"{smallest.model.built_depth:,} layers of --model {smallest.model.model}"
+    )
     if machine.device == "cpu":
         short = f"{what} need {gib(needed.total)}, and {gib(machine.host_bytes)} are free"
     else:
@@ -216,22 +244,33 @@ def _with_threads(config: Config, world: World, images: Images) -> tuple[float, 
 def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | None, cut: bool) -> tuple[str, ...]:
     """The few lines that say what is built and why."""
     model, engine = chosen.model, chosen.engine
-    assert isinstance(model.width, int)
-    blocks = " + ".join(f"{b:,}" for b in model.stage_blocks)
-    lines = [f"{model.built_depth:,} layers: {blocks} blocks in 4 stages of width {' '.join(str(model.width * 2**s) for s in range(STAGES))}"]
-    lines[0] += f", {memory.parameters:,} parameters"
+    lines = [f"{model.built_depth:,} layers: {_shape(model)}, {memory.parameters:,} parameters"]
     threads = f"{engine.threads} thread{'s' if engine.threads != 1 else ''} a rank"
-    sizes = f"width {model.width}, patch {model.patch_size}, batch {chosen.data.batch_size}"
-    if step_s is not None:
+    known = registry.MODELS[model.model].settings
+    parts = [f"{word} {value}" for word, name, value in (("width", "width", model.width), ("patch", "patch_size", model.patch_size)) if name in known]
+    sizes = ", ".join([*parts, f"batch {chosen.data.batch_size}"])
+    if model.model != "convnext":
+        lines.append(sizes + (f": about {step_s:.2g} s a step with {threads}" if step_s is not None else ""))
+    elif step_s is not None:
         why = f"about {step_s:.2g} s a step with {threads}; the limit is {step_limit_s(chosen):.3g} s without a GPU"
         lines.append(f"{sizes}: {why}")
     else:
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")
     zero = "plain torch" if engine.engine == "torch" else f"ZeRO {engine.zero}" + (", offload to the CPU" if engine.offload == "cpu" else "")
     how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {KEPT[engine.activations]}"
+    if model.model != "convnext":
+        how += "; counted, not calibrated"
     if machine.device == "cpu":
         lines.append(f"{how}: {gib(memory.total)} planned over the process as it is, of {gib(machine.host_bytes)} free")
     else:
         host = f", {gib(memory.host)} on the host" if memory.host else ""
         lines.append(f"{how}: {gib(memory.device)} planned of {gib(machine.device_bytes)} free{host}")
     return tuple(lines)
+
+
+def _shape(model: ModelConfig) -> str:
+    """What the layers are."""
+    if model.model != "convnext":
+        return registry.MODELS[model.model].shape(model)
+    blocks = " + ".join(f"{b:,}" for b in model.stage_blocks)
+    return f"{blocks} blocks in 4 stages of width {' '.join(str(int(model.width) * 2**s) for s in range(STAGES))}"

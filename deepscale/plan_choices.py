@@ -41,6 +41,8 @@ def placements(config: Config) -> list[tuple[int, str]]:
 def policies(config: Config) -> list[tuple[str, int | None]]:
     """(activation policy, segment) of all that there is, the fastest first; a segment given by hand says whether blocks are recomputed."""
     engine, names = config.engine, list(POLICIES)
+    if config.model.model != "convnext":
+        return [("keep", None)]
     if engine.activations != AUTO:
         names = [engine.activations]
     elif engine.segment != AUTO:

@@ -13,6 +13,7 @@ from deepscale import config, kernel, plan, plan_report, plan_table, world
 from deepscale.config import GROUPS, Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
+from deepscale.models import registry
 from deepscale.plan_choices import Choice, deepest, placements, policies
 from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
 from deepscale.plan_network import flops_of, images_of
@@ -172,6 +173,9 @@ def command(asked: Config, settings: Config, ranks: int, nodes: int = 1) -> str:
     values, given = config.flat(settings), config.differing(asked)
     chosen = [name for name in CHOSEN if not (name == "depth" and asked.model.blocks) and not (name in ("zero", "offload") and _fixed(asked))]
     chosen = [name for name in chosen if not (name == "segment" and values[name] is None)]
+    network = settings.model.model
+    if network != "convnext":
+        chosen = [name for name in chosen if name not in ("stack_size", *registry.unknown(network))]
     parts = [part for name in [*chosen, *(name for name in given if name not in CHOSEN)] for part in config.typed(name, values[name])]
     if nodes > 1:
         return shlex.join(["sbatch", f"--nodes={nodes}", f"--gpus-per-node={ranks // nodes}", "slurm/train.sbatch", *parts])

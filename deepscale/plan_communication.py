@@ -20,7 +20,8 @@ Not counted: some numbers per step (loss, norm: below 1 kB), records of gradient
 from dataclasses import dataclass
 
 from deepscale.config import Config
-from deepscale.models.convnext import count_parameters
+from deepscale.models.registry import Images
+from deepscale.plan_counted import parameters_of
 from deepscale.plan_gather import gathered_elements, padded_elements
 
 # Bytes a second. NVLink of an A100, of one GPU in one direction (an H100 has 450e9); a node's network: one port of 200 Gbit/s.
@@ -64,7 +65,7 @@ def communication_of(config: Config, ranks: int, channels: int, classes: int) ->
     gloo = config.engine.device != "cuda"
     if ranks == 1:
         return Communication(0, 0, 0, 1, gloo)
-    whole, passes = 4 * count_parameters(config.model, classes, channels), config.recipe.accumulation
+    whole, passes = 4 * parameters_of(config.model, Images(channels, classes=classes)), config.recipe.accumulation
     stage = 0 if config.engine.engine == "torch" else int(config.engine.zero)
     if stage == 3:
         gathered = 4 * gathered_elements(config, ranks, channels, classes)

@@ -17,7 +17,9 @@ import torch
 from deepscale.config import Config, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import zero_section
+from deepscale.models import registry
 from deepscale.models.convnext import ConvNeXt, Convolution, Head, stack_blocks, stack_tensors
+from deepscale.plan_counted import tensors_of
 
 Tensors = tuple[int, ...]  # elements of each of a module's own tensors
 
@@ -56,6 +58,9 @@ def gathered_elements(config: Config, ranks: int, channels: int, classes: int) -
 
 def _groups(config: Config, channels: int, classes: int) -> Iterator[tuple[Tensors, ...]]:
     """The modules that forward calls, in order: each with its own tensors, and after it those inside it."""
+    if config.model.model != "convnext":
+        yield from ((own,) for own in tensors_of(config.model, registry.Images(channels, classes=classes)))
+        return
     size = config.engine.stack_size
     stacks = iter(stack_tensors(config.model, size))
     first, *rest = _outside(dataclasses.replace(config.model, blocks=(1,) * STAGES), channels, classes)

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepscale.config import Config
+from deepscale.models import registry
 from deepscale.models.convnext import count_parameters
-from deepscale.plan_network import Needs, Stage, evaluation_bytes, images_of, kept_on_host, needs_of, stages_of
+from deepscale.plan_counted import counted
+from deepscale.plan_network import EVALUATION_BATCH, Needs, Stage, evaluation_bytes, images_of, kept_on_host, needs_of, stages_of
 from deepscale.plan_states import States, states_of
 
 # On a CPU glibc gives tensors of 32 MiB and more back to the system, smaller ones only at the end of its heap. So the heap's peak stays, with
@@ -90,6 +92,8 @@ class Memory:
 
 def memory_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Memory:
     """Bytes of a step of a configuration that holds no `auto`, on each of `ranks` ranks."""
+    if config.model.model != "convnext":
+        return _counted_memory(config, ranks, registry.Images(channels, image_size, classes))
     images = images_of(config, ranks, channels, image_size, classes)
     stages = stages_of(config, images)
     parameters = count_parameters(config.model, classes, channels)
@@ -108,6 +112,26 @@ def memory_of(config: Config, ranks: int, channels: int, image_size: int, classe
     retained = max(m.flat + m.host for m in moments) + taken - max(m.bytes + m.host for m in moments) if cpu else 0
     kept, segment, work = sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)
     return Memory(parameters, states, kept, host - states.host, segment, work, data, retained, moments, cpu)
+
+
+def _counted_memory(config: Config, ranks: int, images: registry.Images) -> Memory:
+    """An estimate for a network that only a pass on the meta device has counted: what autograd saves, and three of its largest tensors in passing."""
+    batch = images_of(config, ranks, images.channels, images.side, images.classes)
+    found = counted(config.model, images, batch.micro)
+    states, work, data = states_of(config, found.parameters, ranks), 3 * found.largest, 2 * batch.bytes
+    flat, heap = _resting(states, data)
+    gradients = 0 if states.flat else 4 * found.parameters
+    evaluation = heap + 2 * found.largest * EVALUATION_BATCH // batch.micro
+    moments = (
+        Moment("start", states.start if states.flat else 0, 0 if states.flat else states.start),
+        Moment("forward", flat, heap + found.kept + work, host=states.host),
+        Moment("backward", flat + states.gathered + states.gradients - gradients, heap + found.kept + work + gradients, host=states.host),
+        Moment("step", flat + states.gradients - gradients + states.stepping, heap + gradients + states.arrived, host=states.host),
+        Moment("evaluation", flat + states.gathered, evaluation, host=states.host),
+    )
+    cpu = config.engine.device != "cuda"
+    retained = FIRST_STEPS + int(HOLES * max(m.heap for m in moments)) if cpu else 0
+    return Memory(found.parameters, states, found.kept, 0, 0, work, data, retained, moments, cpu)
 
 
 def _resting(states: States, data: int) -> tuple[int, int]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from deepscale.activations import Block, policy_of
 from deepscale.config import AUTO, IN_SEGMENTS, Config, ModelConfig
 from deepscale.depth import STAGES
+from deepscale.models import registry
 from deepscale.models.convnext import block_spec, outer_norm, stack_blocks
+from deepscale.plan_counted import counted_flops
 
 STREAM_BYTES = 4
 BRANCH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -208,6 +210,8 @@ def flops_of(config: Config, ranks: int, channels: int, image_size: int, classes
     Of an outer convolution backward computes two products, of the stem's one: images need no gradient.
     """
     images = images_of(config, ranks, channels, image_size, classes)
+    if config.model.model != "convnext":
+        return Flops(*counted_flops(config.model, registry.Images(channels, image_size, classes), images.micro), again=0)
     policy, stages = policy_of(config), stages_of(config, images)
     head = 2 * images.micro * stages[-1].channels * images.classes
     outer = sum(stage.product for stage in stages) + head

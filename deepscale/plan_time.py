@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepscale.activations import policy_of
 from deepscale.config import Config
+from deepscale.models import registry
 from deepscale.models.components import LOW_PRECISION
 from deepscale.models.convnext import Convolution, Head, block_spec, count_parameters, outer_norm
 from deepscale.models.stack import BlockStack
@@ -39,11 +40,25 @@ SENDING = {0: 9e-9, 1: 9e-9, 2: 17e-9, 3: 29e-9}
 
 def measure_step_s(config: Config, world: World, images: Images) -> float:
     """Seconds of one optimiser step, measured in a few seconds. Every rank measures on its own."""
+    if config.model.model != "convnext":
+        return _whole_s(config, world, images)
     stages = stages_of(config, images)
     blocks = sum(_stage_s(config, world, stage, images.micro) for stage in stages)
     passes = blocks + _outside_s(config, world, stages, images)
     parameters = count_parameters(config.model, images.classes, images.channels)
     return config.recipe.accumulation * passes + _update_s(config, world, parameters, sum(len(stage.stacks) for stage in stages))
+
+
+def _whole_s(config: Config, world: World, images: Images) -> float:
+    """Seconds of a step of a network that has no stages: all of it is run."""
+    with world.device:
+        network = registry.build(
+            dataclasses.replace(config.model, sync_batchnorm=False), registry.Images(images.channels, images.side, images.classes)
+        )
+    x = torch.randn(images.micro, images.channels, images.side, images.side, device=world.device)
+    modules = [own for own in network.modules() if next(own.parameters(recurse=False), None) is not None]
+    passes = config.recipe.accumulation * _passes_s(config, world, network, x)
+    return passes + _update_s(config, world, sum(p.numel() for p in network.parameters()), len(modules) // 4)
 
 
 def _stage_s(config: Config, world: World, stage: Stage, micro: int) -> float:

@@ -12,7 +12,7 @@ from deepscale.gradflow.flow import FILE, Floats, Flow
 from deepscale.gradflow.health import HEALTHY, NEVER, NONFINITE, Thresholds, Verdict, depth_curve, scalars, verdict
 from deepscale.gradflow.recorder import Recorder
 from deepscale.gradflow.schedule import record_steps
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network
 from deepscale.paths import relative_to_here
 from deepscale.progress import Progress
 from deepscale.tracking import Tracker, as_text
@@ -32,7 +32,7 @@ def counts_saturation(counted: int, step: int, last: int) -> bool:
 class Records:
     """The records of one run. Every rank must call every method in step with the others."""
 
-    def __init__(self, model: ConvNeXt, engine: Engine, settings: Config, tracker: Tracker, progress: Progress) -> None:
+    def __init__(self, model: Network, engine: Engine, settings: Config, tracker: Tracker, progress: Progress) -> None:
         tracking = settings.tracking
         self.recorder = Recorder(model, engine=engine)
         self.engine, self.every, self.tracker, self.progress = engine, tracking.record_every, tracker, progress

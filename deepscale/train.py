@@ -41,8 +41,10 @@ from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
 from deepscale.folder_lock import locked
 from deepscale.machine import measure_machine
-from deepscale.models.convnext import ConvNeXt, use_kernel
+from deepscale.models import registry
+from deepscale.models.convnext import use_kernel
 from deepscale.models.initial import seed_of
+from deepscale.models.network import Network
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
 from deepscale.resume import Resumed
@@ -222,7 +224,7 @@ def about_run(run: Prepared, name: str, folder: Path, tracker: Tracker) -> dict[
     return {**resume.described(name, folder, run.feeds, run.place), "run_id": tracker.run_id, "pending": tracker.pending()}
 
 
-def build_saving(run: Prepared, model: ConvNeXt, engine: Engine, screen: progress.Progress, about: Callable[[], dict[str, Any]]) -> Saving | None:
+def build_saving(run: Prepared, model: Network, engine: Engine, screen: progress.Progress, about: Callable[[], dict[str, Any]]) -> Saving | None:
     """What saves the run, None without a folder for it; `about` is what the run wants to find again."""
     asked = run.plan.config.checkpoint
     if asked.checkpoint_dir is None:
@@ -245,10 +247,10 @@ def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
     return f"out of memory on {run.place.device}: planned {progress.gib(planned)}, at most {progress.gib(peak)} were in use ({asked}); {advice}"
 
 
-def build_model(settings: Config, info: DatasetInfo, place: world.World) -> ConvNeXt:
+def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Network:
     """The planned network with its initial values, on the run's device."""
     with place.device:  # a GPU's parameters are filled where they are: the host may have less memory, and needs none
-        model = ConvNeXt(settings.model, classes=info.classes, channels=info.channels, stack_size=settings.engine.stack_size)
+        model = registry.build(settings.model, registry.Images(info.channels, info.image_size, info.classes), settings.engine.stack_size)
     activations.policy_of(settings).apply(model)
     use_kernel(model, settings.engine.kernel)
     torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth
@@ -269,12 +271,14 @@ def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool
 
 def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds, place: world.World) -> dict[str, Any]:
     """All settings with every `auto` resolved, and what was asked where it differs; but not what differs by name alone when runs are compared."""
-    values = {name: value for name, value in config.flat(settings).items() if name not in NAMES}
+    own = settings.model
+    hidden = registry.unknown(own.model) if own.model != "convnext" else ()  # what another network does not know is left out
+    values = {name: value for name, value in config.flat(settings).items() if name not in NAMES and name not in hidden}
     before = config.flat(asked)
     values |= {f"asked_{name}": before[name] for name in values if before[name] != values[name] and before[name] != config.AUTO}
     values["resolved_auto"] = ",".join(name for name in values if before.get(name) == config.AUTO)
     return values | {
-        "built_depth": settings.model.built_depth,
+        "built_depth": own.built_depth,
         "parameters": planned.memory.parameters,
         "planned_memory_bytes": int(planned.memory.total),
         "resolved_dataset": feeds.info.name,
@@ -286,17 +290,17 @@ def described(asked: Config, settings: Config, planned: plan.Plan, feeds: Feeds,
 
 def run_name(asked: Config, but: Collection[str] = ()) -> str:
     """A name from the depth and what was chosen by hand, `but` some settings."""
-    hidden = {"depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "tags", "time_budget", "max_steps", "verbose", *but}
+    hidden = {"model", "depth", "blocks", "local_rank", "data_dir", "run_name", "experiment", "tags", "time_budget", "max_steps", "verbose", *but}
     hidden |= {"hang_timeout", "download"} | {f.name for f in dataclasses.fields(config.CheckpointConfig)}
     parts = [f"{name}={tracking.as_text(value)}" for name, value in config.differing(asked).items() if name not in hidden]
-    return " ".join([f"convnext-{asked.model.built_depth}", *parts])
+    return " ".join([f"{asked.model.model}-{asked.model.built_depth}", *parts])
 
 
 def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loop.Result, peak: int, base: int) -> dict[str, str]:
     """The rows of the final table."""
     grown, expected = max(0, peak - base), planned.memory.total + planned.copy
     return {
-        "depth": f"{settings.model.built_depth:,} layers ({'+'.join(str(b) for b in settings.model.stage_blocks)} blocks)",
+        "depth": f"{settings.model.built_depth:,} layers ({registry.MODELS[settings.model.model].shape(settings.model)})",
         "parameters": f"{planned.memory.parameters:,}",
         "data": f"{info.label}, {info.train_images:,} / {info.validation_images:,} / {info.test_images:,} images",
         "steps": f"{result.steps:,} in {progress.seconds(result.seconds)}, {result.step_s:.3g} s each",

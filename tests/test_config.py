@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deepscale.config import AUTO, GROUPS, Config, EngineConfig, Every, ModelConfig, differing, flat, parse, parse_bytes, parse_duration, parse_every
 from deepscale.errors import UsageError
+from deepscale.models.registry import MODELS
 
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}
@@ -21,6 +22,7 @@ FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoi
 OTHER: dict[str, tuple[str, Any]] = {
     "depth": ("1_004", 1_004),
     "blocks": ("1,2,5,1", (1, 2, 5, 1)),
+    "model": ("vgg", "vgg"),
     "width": ("16", 16),
     "patch_size": ("4", 4),
     "kernel_size": ("7", 7),
@@ -28,7 +30,9 @@ OTHER: dict[str, tuple[str, Any]] = {
     "norm": ("rmsnorm", "rmsnorm"),
     "norm_scope": ("blocks", "blocks"),
     "skip": ("deepnorm", "deepnorm"),
+    "skip_scope": ("all", "all"),
     "init": ("orthogonal", "orthogonal"),
+    "init_std": ("0.1", 0.1),
     "layerscale_init": ("1e-6", 1e-6),
     "layerscale_shape": ("channel", "channel"),
     "drop_path": ("0.1", 0.1),
@@ -87,6 +91,16 @@ OTHER: dict[str, tuple[str, Any]] = {
 }
 
 
+# What must be typed beside a setting for it to be possible; such settings are not typed with all the others.
+NEEDS = {"skip_scope": {"model": "vgg"}}
+APART = {"model", "init_std", *NEEDS}
+
+
+def with_needs(name: str) -> tuple[list[str], dict[str, Any]]:
+    """What `name` needs, as typed and as it then differs from the defaults."""
+    return [word for other, text in NEEDS.get(name, {}).items() for word in (f"--{other}", text)], dict(NEEDS.get(name, {}))
+
+
 def typed(name: str) -> list[str]:
     """The option of a setting with its value from OTHER, as a user types it."""
     text, value = OTHER[name]
@@ -108,21 +122,24 @@ def test_no_argument_gives_the_defaults() -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_an_option_sets_its_setting_and_no_other(name: str) -> None:
-    assert differing(parse(typed(name))) == {name: OTHER[name][1]}
+    needs, differs = with_needs(name)
+    assert differing(parse([*typed(name), *needs])) == {**differs, name: OTHER[name][1]}
 
 
 def test_all_options_together_and_the_same_by_replace() -> None:
     """The parsed command line against the settings named flat in code."""
-    parsed = parse([argument for name in OTHER for argument in typed(name)])
-    assert flat(parsed) == {name: value for name, (_, value) in OTHER.items()}
-    assert Config().replace(**{name: value for name, (_, value) in OTHER.items()}) == parsed
-    assert differing(parsed).keys() == OTHER.keys()
+    values = {name: value for name, (_, value) in OTHER.items() if name not in APART}
+    parsed = parse([argument for name in values for argument in typed(name)])
+    assert flat(parsed) == flat(Config()) | values
+    assert Config().replace(**values) == parsed
+    assert differing(parsed).keys() == values.keys()
 
 
 @pytest.mark.parametrize("name", sorted(name for name in OTHER if "_" in name and name not in SWITCHES))
 def test_underscores_in_an_option_mean_the_same(name: str) -> None:
     """`--deepspeed_config`, as DeepSpeed spells it, against `--deepspeed-config`."""
-    assert parse([f"--{name}", OTHER[name][0]]) == parse(typed(name))
+    needs, _ = with_needs(name)
+    assert parse([f"--{name}", OTHER[name][0], *needs]) == parse([*typed(name), *needs])
 
 
 @pytest.mark.parametrize("name", sorted(SWITCHES))
@@ -133,12 +150,14 @@ def test_a_switch_can_be_set_both_ways(name: str) -> None:
 
 
 CHOICES = {
+    "model": tuple(MODELS),
     "activation": ("gelu", "relu", "silu", "tanh", "sigmoid"),
     "norm": ("layernorm", "batchnorm", "rmsnorm", "none"),
     "norm_scope": ("all", "blocks"),
     "drop_path_mode": ("sample", "batch"),
     "skip": ("identity", "deepnorm", "none"),
-    "init": ("normal", "kaiming", "orthogonal", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm"),
+    "skip_scope": ("blocks", "all"),
+    "init": ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm"),
     "layerscale_shape": ("scalar", "channel"),
     "dataset": ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic"),
     "feed": ("auto", "ffcv", "tensors"),
@@ -155,7 +174,7 @@ CHOICES = {
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     flag = name.replace("_", "-")
     for known in CHOICES[name]:
-        assert flat(parse([f"--{flag}", known]))[name] == known
+        assert flat(parse([f"--{flag}", known, *with_needs(name)[0]]))[name] == known
     with pytest.raises(UsageError) as refused:
         parse([f"--{flag}", "nonsense"])
     assert f"--{flag}" in str(refused.value)

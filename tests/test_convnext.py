@@ -15,7 +15,7 @@ from deepscale.activations import Recompute
 from deepscale.config import ACTIVATION_NAMES, INIT_NAMES, NORM_NAMES, Auto, ModelConfig, RecipeConfig, StackSize
 from deepscale.models.components import RunningStatistics, commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size, drop_rates, split_evenly, stack_blocks, stack_tensors
-from deepscale.models.initial import INITS, STD, Layer, fill, orthogonal
+from deepscale.models.initial import INITS, STD, Layer, fill_all, orthogonal
 from deepscale.models.naming import load_plain, to_plain
 from deepscale.models.reference import PlainBlock, PlainConvNeXt
 from deepscale.models.stack import BlockStack
@@ -353,8 +353,8 @@ def test_initial_values_do_not_depend_on_what_was_made_before(init: str) -> None
     torch.manual_seed(99)
     ConvNeXt(model, stack_size=2).initialise(8)
     plain = PlainConvNeXt(model)
-    for name, parameter in reversed(list(plain.named_parameters())):
-        fill(parameter, name, 0, model)
+    for owner, module in reversed(list(plain.named_modules())):
+        fill_all(((f"{owner}.{name}", parameter) for name, parameter in module.named_parameters(recurse=False)), 0, model)
     torch.set_default_dtype(torch.float64)
     double = initial_values(model, 0, 3)
     for name, value in expected.items():

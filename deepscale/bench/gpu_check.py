@@ -58,7 +58,9 @@ def with_policy(name: str) -> dict[str, Any]:
 
 def network(settings: Config, place: World) -> ConvNeXt:
     """The network as training builds it, for the bench's images."""
-    return build_model(settings, _Images(CLASSES, CHANNELS), place)  # type: ignore[arg-type]
+    model = build_model(settings, _Images(CLASSES, CHANNELS, 32), place)  # type: ignore[arg-type]
+    assert isinstance(model, ConvNeXt)
+    return model
 
 
 class _Images(NamedTuple):
@@ -66,6 +68,7 @@ class _Images(NamedTuple):
 
     classes: int
     channels: int
+    image_size: int
 
 
 def reference() -> Reference:

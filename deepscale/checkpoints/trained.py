@@ -12,8 +12,8 @@ from deepscale.checkpoints import weights
 from deepscale.checkpoints.stored import MANIFEST, checkpoints_in, ignore, open_checkpoint, step_name
 from deepscale.checkpoints.writing import BEST
 from deepscale.errors import UsageError
-from deepscale.models.convnext import ConvNeXt
 from deepscale.models.naming import load_plain, to_plain
+from deepscale.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Trained:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.path} describes no network ({error}): give another file") from None
 
-    def network(self) -> ConvNeXt:
+    def network(self) -> Network:
         """The network with these weights, on the CPU. Raises UsageError where they do not fit the one that is described."""
         model = weights.network_of(self.metadata)
         if self.metadata.get("layout") != "stacked":

@@ -18,8 +18,9 @@ from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
 from deepscale.errors import MissingPackageError, UsageError
 from deepscale.files import atomic
+from deepscale.models import registry
 from deepscale.models.components import average_running_statistics
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network
 
 WEIGHTS = "model.safetensors"
 
@@ -37,7 +38,7 @@ def check_writable(folder: str | None) -> None:
         raise UsageError(f"the checkpoint folder {folder} cannot be written ({error.strerror}); type another --checkpoint-dir") from None
 
 
-def gathered_state(model: ConvNeXt, engine: Engine) -> dict[str, Tensor]:
+def gathered_state(model: Network, engine: Engine) -> dict[str, Tensor]:
     """The model's whole state on the CPU, whatever ZeRO stage holds it. Every rank must ask."""
     average_running_statistics(model)
     state = {}
@@ -60,10 +61,11 @@ def described(settings: Config, info: DatasetInfo, eval_images: int | None = Non
     data |= {"grey": settings.data.grey, "image_size": settings.data.image_size}
     return {
         "data": data | {"precision": settings.engine.precision},
-        "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks},
+        "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks or None},
         "stack_size": settings.engine.stack_size,
         "classes": info.classes,
         "channels": info.channels,
+        "side": info.image_size,
     }
 
 
@@ -98,15 +100,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, metadata
 
 
-def network_of(metadata: dict[str, str]) -> ConvNeXt:
+def network_of(metadata: dict[str, str]) -> Network:
     """The network a file belongs to, without values yet. Raises UsageError where its description cannot be read."""
     try:
         described = json.loads(metadata["deepscale"])
-        fields = described["model"] | {"blocks": tuple(described["model"]["blocks"])}
+        fields = described["model"]
+        if fields.get("model", "convnext") == "convnext":
+            fields |= {"blocks": tuple(fields["blocks"])}
         model = config.ModelConfig(**fields)
         size = described["stack_size"]
         size = tuple(size) if isinstance(size, list) else int(size)
-        return ConvNeXt(model, classes=described["classes"], channels=described["channels"], stack_size=size)
+        # Files of before there were other networks do not say the side, on which ConvNeXt does not depend.
+        images = registry.Images(described["channels"], described.get("side", 32), described["classes"])
+        return registry.build(model, images, size)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the description of the file's network cannot be read ({error!r}): export it with the version that wrote it") from None
 

@@ -9,9 +9,8 @@ import numpy as np
 from torch import nn
 
 from deepscale.errors import UsageError
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network
 
-KINDS = {"dwconv.weight": "dwconv", "pwconv1.weight": "pwconv1", "pwconv2.weight": "pwconv2", "gamma": "gamma"}
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 UNCOUNTED = ("gamma", "downsample")  # no layers of their own in the original study's count
 
@@ -44,24 +43,26 @@ class Layout:
         }
 
 
-def layout_of_convnext(model: ConvNeXt) -> Layout:
-    """Stem, each block's three layers and gamma, downsamplings, head."""
+def layout_of_stacks(model: Network) -> Layout:
+    """Each block's layers and gamma, and the layers outside the blocks: ConvNeXt's stem, downsamplings and head."""
     layout = Layout()
+    prefixes = list(dict.fromkeys(prefix for prefix, _ in model.stacks()))
     for plain, where in model.plain_names():
+        owner, _, kind = plain.rpartition(".")
+        if kind not in ("weight", "gamma") or owner.endswith("norm"):
+            continue
         if where.index is None:
-            kind = plain.split(".")[0] if not plain.startswith("stages.") else "downsample"
-            if plain.endswith((".conv.weight", ".linear.weight")):
-                layout.add(plain, kind, where.name)
+            layout.add(plain, "downsample" if ".downsample." in plain else plain.split(".")[0], where.name)
             continue
-        block, _, own = plain.partition(".blocks.")
-        number, _, own = own.partition(".")
-        if own not in KINDS:
-            continue
-        if own == "dwconv.weight":
-            layout.block_names.append(f"{block}.blocks.{number}")
-            layout.block_groups.append(int(block.rpartition(".")[2]))
-            layout.block_depths.append(layout.depths[-1] + 3)
-        layout.add(plain, KINDS[own], where.name)
+        # stages.2.blocks . 117 . dwconv.weight
+        prefix = next(prefix for prefix in prefixes if plain.startswith(f"{prefix}."))
+        number, _, own = plain[len(prefix) + 1 :].partition(".")
+        if layout.block_names[-1:] != [f"{prefix}.{number}"]:
+            layout.block_names.append(f"{prefix}.{number}")
+            layout.block_groups.append(prefixes.index(prefix))
+            layout.block_depths.append(0)
+        layout.add(plain, own.removesuffix(".weight"), where.name)
+        layout.block_depths[-1] = layout.depths[-1]
     return layout
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepscale.gradflow.flow import BLOCK_FIELDS
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network
 from deepscale.models.observe import BlockObserver
 
 
@@ -41,11 +41,11 @@ class Observation(Protocol):
 
 
 class StackObservation:
-    """The blocks of a ConvNeXt: one observer per stack, which its hand-written backward shows every block (models/stack.py)."""
+    """The blocks of a network's stacks: one observer per stack, which its hand-written backward shows every block (models/stack.py)."""
 
-    def __init__(self, model: ConvNeXt, device: torch.device) -> None:
-        self.stacks = [stack for stage in model.path for stack in stage.path]
-        self.observers = [BlockObserver(stack.blocks, 4 * stack.spec.channels, device) for stack in self.stacks]
+    def __init__(self, model: Network, device: torch.device) -> None:
+        self.stacks = [stack for _, stack in model.stacks()]
+        self.observers = [BlockObserver(stack.blocks, stack.units, device) for stack in self.stacks]
 
     def attach(self, activations: bool) -> None:
         for stack, observer in zip(self.stacks, self.observers, strict=True):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from deepscale.engine import Engine, Share, replicated
 from deepscale.errors import UsageError
 from deepscale.gradflow.flow import BLOCK_FIELDS, LAYER_FIELDS, Floats, Flow
-from deepscale.gradflow.layers import Layout, layout_of_convnext, layout_of_modules
+from deepscale.gradflow.layers import Layout, layout_of_modules, layout_of_stacks
 from deepscale.gradflow.measure import Measured
 from deepscale.gradflow.modules import ModuleObservation
 from deepscale.gradflow.observation import Observation, StackObservation, statistics
-from deepscale.models.convnext import ConvNeXt
+from deepscale.models.network import Network, has_stacks
 
 RECORDS = 200
 BYTES = 100e6  # of all records
@@ -46,8 +46,8 @@ class Recorder:
 
     Any model: layers are its weights with two dimensions or more, in the order of `named_parameters`. `blocks` are the names of the
     modules whose outputs are observed, by default the children of its nn.Sequential and nn.ModuleList (layers.py); what nn.ReLU, GELU,
-    SiLU, Tanh and Sigmoid do is counted to the block that they run in or after, functions are not seen. deepscale's own ConvNeXt has
-    its layers and blocks by the plain network's names, and no `blocks`.
+    SiLU, Tanh and Sigmoid do is counted to the block that they run in or after, functions are not seen. deepscale's own networks
+    with stacks have their layers and blocks by the plain network's names, and no `blocks`.
 
     Gradients are `p.grad` of this process, or, with an `engine` of deepscale (engine.py), those that ZeRO has spread over the ranks;
     then every rank must call every method. Under a GradScaler, call `scaler.unscale_(optimizer)` before `gradients`, and tell it the
@@ -171,12 +171,12 @@ class Recorder:
 
 
 def _parts(model: nn.Module, device: torch.device, blocks: list[str] | None) -> tuple[Layout, Observation]:
-    if not isinstance(model, ConvNeXt):
+    if not (isinstance(model, Network) and has_stacks(model)):
         layout = layout_of_modules(model, blocks)
         return layout, ModuleObservation(model, layout, device)
     if blocks is not None:
-        raise UsageError("the blocks of deepscale's ConvNeXt are those of its stacks, all of which are recorded; leave `blocks` out")
-    return layout_of_convnext(model), StackObservation(model, device)
+        raise UsageError(f"the blocks of deepscale's {type(model).__name__} are those of its stacks, all of which are recorded; leave `blocks` out")
+    return layout_of_stacks(model), StackObservation(model, device)
 
 
 def _elements(parameter: nn.Parameter) -> int:

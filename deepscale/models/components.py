@@ -10,6 +10,7 @@ arXiv:1502.03167, RMSNorm arXiv:1910.07467. LayerScale (arXiv:2103.17239), a gam
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -275,6 +276,11 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """The context in which operators keep their input's precision; on the meta device, where a network is counted, there is no other."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class ChannelNorm(nn.Module):
     """A norm over channels with its affine part, for x (..., C); the statistics are float32 whatever x is. Gradients by autograd."""
 
@@ -291,7 +297,7 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "none":
             return x
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = x if x.dtype == torch.float64 else x.float()
             if self.kind == "layernorm":
                 return F.layer_norm(x, (self.channels,), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -314,3 +320,22 @@ class ChannelNorm(nn.Module):
         count = _SumOverRanks.apply(rows.new_tensor(float(rows.shape[0])))
         mean = _SumOverRanks.apply(rows.sum(0)) / count
         return mean, _SumOverRanks.apply((rows - mean).square().sum(0)) / count
+
+
+class BatchNorm(ChannelNorm):
+    """ChannelNorm's BatchNorm for images (B, C, H, W): the same values by torch's kernel, where statistics are not shared over ranks."""
+
+    def __init__(self, channels: int, sync: bool = False) -> None:
+        super().__init__("batchnorm", channels, sync)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sync and dist.is_initialized():
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        with no_autocast(x):
+            x = x if x.dtype == torch.float64 else x.float()
+            weight, bias, own = self.weight.to(x.dtype), self.bias.to(x.dtype), self.statistics
+            if not self.training:
+                return F.batch_norm(x, own.running_mean.to(x.dtype), own.running_var.to(x.dtype), weight, bias, False, MOMENTUM, self.eps)
+            y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, MOMENTUM, self.eps)
+            own.add(mean.detach(), inverse.detach().pow(-2) - self.eps, x.numel() // self.channels)
+            return y

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from deepscale.config import AUTO, Auto, ModelConfig, StackSize
 from deepscale.depth import STAGES
 from deepscale.models.block import BlockSpec
-from deepscale.models.components import SKIPS, ChannelNorm, RunningStatistics
-from deepscale.models.initial import fill
+from deepscale.models.components import SKIPS, ChannelNorm
+from deepscale.models.network import Network, PlainName
 from deepscale.models.stack import BlockStack
 
 
@@ -117,15 +116,7 @@ class Stage(nn.Module):
         self.path = tuple(stacks)  # the same stacks, with their type
 
 
-@dataclass(frozen=True)
-class PlainName:
-    """Where a parameter of the plain network lives here: parameter `name`, block `index` of its stack or None."""
-
-    name: str
-    index: int | None
-
-
-class ConvNeXt(nn.Module):
+class ConvNeXt(Network):
     """images (B, channels, H, W) -> logits (B, classes).
 
     `width` and `patch_size` must be resolved numbers. `stack_size` (stack_blocks) changes no value.
@@ -162,17 +153,17 @@ class ConvNeXt(nn.Module):
                 x = stack(x)
         return self.head(x)
 
-    @torch.no_grad()
-    def initialise(self, seed: int) -> "ConvNeXt":
-        """Writes all initial values (initial.py)."""
-        parameters = dict(self.named_parameters())
-        for plain, where in self.plain_names():
-            parameter = parameters[where.name]
-            fill(parameter if where.index is None else parameter[where.index], plain, seed, self.config)
-        for module in self.modules():
-            if isinstance(module, RunningStatistics):
-                module.reset_parameters()
-        return self
+    def stacks(self) -> Iterator[tuple[str, BlockStack]]:
+        """(prefix of its blocks' names in the plain network, stack) of every stack, in path order."""
+        for s, stage in enumerate(self.path):
+            for stack in stage.path:
+                yield f"stages.{s}.blocks", stack
+
+    def plain(self) -> nn.Module:
+        """The reference of the same sizes, without values."""
+        from deepscale.models.reference import PlainConvNeXt
+
+        return PlainConvNeXt(self.config, classes=self.head.linear.out_features, channels=self.stem.conv.in_channels)
 
     def plain_names(self) -> Iterator[tuple[str, PlainName]]:
         """(name in the plain network, place here) of every parameter, in path order from image to logits."""

@@ -3,7 +3,7 @@
 | parameter | initial value |
 |---|---|
 | convolution and linear weights | --init, one of `INITS` |
-| biases (convolution, linear, norm) | 0 |
+| biases (convolution, linear, norm) | 0; with --init torch those of convolution and linear layers are drawn |
 | norm weights | 1 |
 | gamma (LayerScale) | --layerscale-init |
 
@@ -12,9 +12,10 @@ Random values come from a generator seeded by (seed, name of the parameter in th
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,9 @@ class Layer:
         return self.name.startswith("stem.") or ".downsample." in self.name
 
 
-def normal(layer: Layer, generator: Generator) -> Tensor:
-    """The original study's: deviation 0.02, whatever the shape."""
-    return _drawn(layer, STD, generator)
+def normal(layer: Layer, generator: Generator, std: float = STD) -> Tensor:
+    """Of one deviation (--init-std), whatever the shape; the original depth study's 0.02."""
+    return _drawn(layer, std, generator)
 
 
 def kaiming(layer: Layer, generator: Generator) -> Tensor:
@@ -158,6 +159,17 @@ def _centred(layer: Layer, matrices: Tensor) -> Tensor:
     return values.flatten(2)
 
 
+def torch_default(layer: Layer, generator: Generator) -> Tensor:
+    """torch's own of convolution and linear layers: uniform within 1 / sqrt(fan in), a variance of 1 / (3 fan in). Their biases are drawn from
+    the same range."""
+    return _uniform(layer.shape, layer.fan_in, generator)
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int, generator: Generator) -> Tensor:
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
 def _drawn(layer: Layer, std: float, generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(layer.shape, dtype=dtype, device="cpu").normal_(0.0, std, generator=generator)
 
@@ -167,6 +179,7 @@ INITS: dict[str, Init] = {
     "normal": normal,
     "kaiming": kaiming,
     "orthogonal": orthogonal,
+    "torch": torch_default,
     "delta-orthogonal": delta_orthogonal,
     "paired": paired,
     "mirrored": mirrored,
@@ -181,9 +194,26 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
+def _generator(seed: int, name: str) -> Generator:
+    return torch.Generator().manual_seed(seed_of(seed, name))
+
+
 @torch.no_grad()
-def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig) -> None:
+def fill_all(parameters: Iterable[tuple[str, Tensor]], seed: int, model: ModelConfig) -> None:
+    """Writes the initial values of (name in the plain network, parameter) pairs, of which a layer's weight comes before its bias."""
+    fan_in: dict[str, int] = {}
+    for name, parameter in parameters:
+        owner, _, kind = name.rpartition(".")
+        if kind == "weight" and parameter.ndim > 1:
+            fan_in[owner] = parameter[0].numel()
+        fill(parameter, name, seed, model, fan_in.get(owner))
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig, fan_in: int | None = None) -> None:
     """Writes the initial value of the plain network's parameter `name` into `parameter`, whatever its device or shape.
+
+    `fan_in`: inputs of an output of the layer that a bias belongs to; None for a norm's.
 
     The values are drawn on the CPU in the parameter's memory order of the plain network, of which `parameter` may be a reshaped
     view, and rounded to float32.
@@ -194,17 +224,20 @@ def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig) -> None:
         parameter.fill_(model.gamma_init)
     elif kind == "bias":
         parameter.zero_()
+        if model.init == "torch" and fan_in is not None:
+            parameter.copy_(_uniform(parameter.shape, fan_in, _generator(seed, name)))
     elif owner.endswith("norm"):
         parameter.fill_(1.0)
     else:
         groups = parameter.shape[0] if owner.endswith("dwconv") else 1
         area = parameter.shape[2:].numel()
         layer = Layer(owner, groups, parameter.shape[0] // groups, parameter[0].numel() // area, area, sum(model.stage_blocks))
-        parameter.copy_(_weights(layer, seed, INITS[model.init]).float().reshape(parameter.shape))
+        init = functools.partial(normal, std=model.init_std) if model.init == "normal" else INITS[model.init]
+        parameter.copy_(_weights(layer, seed, init).float().reshape(parameter.shape))
 
 
 def _weights(layer: Layer, seed: int, init: Init) -> Tensor:
     if init in TRANSPOSED and layer.name.endswith(".pwconv2"):
         twin = dataclasses.replace(layer, name=f"{layer.name[:-1]}1", outputs=layer.inputs, inputs=layer.outputs)
         return _weights(twin, seed, init).mT
-    return init(layer, torch.Generator().manual_seed(seed_of(seed, f"{layer.name}.weight")))
+    return init(layer, _generator(seed, f"{layer.name}.weight"))

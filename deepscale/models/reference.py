@@ -11,7 +11,7 @@ from deepscale.config import ModelConfig
 from deepscale.depth import STAGES
 from deepscale.models.components import ACTIVATIONS, SKIPS, ChannelNorm, RunningStatistics
 from deepscale.models.convnext import drop_rates, outer_norm
-from deepscale.models.initial import fill
+from deepscale.models.initial import fill_all
 
 
 class TransposedNorm(ChannelNorm):
@@ -98,8 +98,7 @@ class PlainConvNeXt(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> "PlainConvNeXt":
         """Writes the same initial values as the stacked network's."""
-        for name, parameter in self.named_parameters():
-            fill(parameter, name, seed, self.config)
+        fill_all(self.named_parameters(), seed, self.config)
         for module in self.modules():
             if isinstance(module, RunningStatistics):
                 module.reset_parameters()

@@ -179,6 +179,11 @@ class BlockStack(nn.Module):
         if spec.norm == "batchnorm":
             self.statistics = RunningStatistics(blocks, spec.channels)
 
+    @property
+    def units(self) -> int:
+        """Outputs of a block's activation for each pixel."""
+        return 4 * self.spec.channels
+
     def stacked(self) -> dict[str, nn.Parameter]:
         """The parameters by the plain network's names within a block."""
         return {name: getattr(self, name.replace(".", "_")) for name in self.spec.shapes()}
