@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, start, step, worker, zero3
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, start, step, sweep, worker, zero3
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -437,3 +438,31 @@ def test_bench_checkpoint_measures_and_leaves_nothing(bench: Callable[..., Rows]
     save, raw = (next(row for what, row in rows.items() if what.startswith(words)) for words in ("saving 26 layers /", "writing and syncing"))
     assert save["n"] == 2 and save["goal"] == "at most 3.0" and all(value > 0 for value in save["values"] + raw["values"])
     assert not [path for path in in_tmp_path.iterdir() if path.is_dir()]
+
+
+def test_bench_sweep_sets_trials_beside_their_training(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, in_tmp_path: Path) -> None:
+    """Its arithmetic, on trials whose times are known: two at once take 33 s instead of 30, and 4 s pass between trials."""
+    asked = []
+
+    def run_sweep(folder: Path, name: str, training: list[str], concurrent: int, limit_s: float) -> list[sweep.Trial]:
+        asked.append(concurrent)
+        begun = time.time() + 9.0
+        if concurrent == 2:
+            return [sweep.Trial(begun, begun + 33.0, 21.0)] * 2
+        return [sweep.Trial(begun, begun + 30.0, 20.0), sweep.Trial(begun + 34.0, begun + 64.0, 20.0)]
+
+    monkeypatch.setattr(sweep, "run_sweep", run_sweep)
+    rows = bench("sweep", "--rounds", "2")
+    assert asked == [1, 2, 1, 2]
+    median = {what.split(":")[0]: row["median"] for what, row in rows.items()}
+    assert median["a trial beside its training"] == pytest.approx(14.0)
+    assert median["each of two trials at once / one alone"] == pytest.approx(1.1)
+    assert median["between the end of a trial and the start of the next"] == pytest.approx(4.0)
+    assert median["from the command to the first trial, once a sweep"] == pytest.approx(9.0, abs=1.0)
+    assert not [path for path in in_tmp_path.iterdir() if path.is_dir()]
+
+
+def test_bench_sweep_says_why_a_sweep_failed(in_tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(worker.BenchError, match=r"--depth 14 --width 0 ended with exit code 2(.|\n)*--width"):
+        sweep.run_sweep(in_tmp_path, "broken", ["--depth", "14", "--width", "0"], 1, 60.0)

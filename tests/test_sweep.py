@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -294,6 +296,32 @@ def test_optuna_goes_on_with_what_is_left() -> None:
     states = [trial.state.name for trial in again.study.trials[:3]]
     assert states == ["COMPLETE", "PRUNED", "RUNNING"]
     assert search.Optuna(space(), known, replay=True).next() == first[0]
+
+
+def test_median_stopping_stops_and_never_pauses() -> None:
+    """Paused trials must save what Tune can restore; by itself the rule pauses while it has seen too few trials and others wait."""
+    pytest.importorskip("ray")
+    from ray.tune.experiment import Trial as TuneTrial
+    from ray.tune.schedulers import TrialScheduler
+
+    class Known(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    controller: Any = Known(get_live_trials=lambda: [Known(status=TuneTrial.PENDING)])
+    rule = search.scheduler(space(search="grid", scheduler="median", fixed={"max_steps": "90", "eval_every": "10"}))
+    assert rule.set_search_properties("val/accuracy", "max")
+    decisions: list[list[str]] = []
+    for number, accuracy in enumerate((0.5, 0.6, 0.7, 0.1, 0.8)):
+        trial: Any = Known(trial_id=str(number), is_finished=lambda: True)
+        rule.on_trial_add(controller, trial)
+        decisions.append([])
+        for step in (10, 20, 90):
+            decisions[-1].append(rule.on_trial_result(controller, trial, {"step": step, "val/accuracy": accuracy}))
+            if decisions[-1][-1] == TrialScheduler.STOP:
+                break
+        rule.on_trial_complete(controller, trial, {"step": step, "val/accuracy": accuracy})
+    goes_on = [TrialScheduler.CONTINUE] * 3
+    assert decisions == [goes_on, goes_on, goes_on, [TrialScheduler.STOP], goes_on]
 
 
 def test_what_trials_have_left_is_read(tmp_path: Path) -> None:

@@ -206,7 +206,6 @@ MISTAKES = {
     Q + "ranges: {norm: {low: none, high: 8}}\nsearch: random\n": "my.yaml line 2: norm is no number",
     Q + "ranges: {lr: {low: 1, high: 2}}\nsearch: random\n": "my.yaml: search: random draws points, and samples does not say how many",
     Q + "ranges: {lr: {low: 1, high: 2}}\nsearch: random\nsamples: 0\n": "my.yaml line 4: samples: 0 is not a whole number from 1",
-    Q + "ranges: {lr: {low: 1, high: 2}}\nsearch: optuna\nsamples: 2\nseeds: [0, 1]\n": "my.yaml: Optuna's search trains each point once",
 }
 
 

@@ -16,7 +16,7 @@ from deepscale.files import atomic
 from deepscale.paths import as_folder
 from deepscale.sweeps import driver, preview, search, space, summary
 from deepscale.sweeps.space import Space
-from deepscale.sweeps.trial import Sweep
+from deepscale.sweeps.trial import Sweep, Unwritten
 from deepscale.tracking_store import Store, cause, shown, store_uri
 
 SPACE = "space.json"  # in the sweep's folder
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = given.experiment or name
     with driver.cluster(asked) as ray:
         taken = driver.resources(driver.nodes_of(ray), asked)
-        environment = {key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "DEEPSCALE_"))}
+        environment = Unwritten({key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "DEEPSCALE_"))})
         if not own_stores:
             environment["MLFLOW_TRACKING_URI"] = store_uri()
             _make_experiment(experiment)

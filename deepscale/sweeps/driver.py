@@ -23,7 +23,7 @@ from deepscale.sweeps import search
 from deepscale.sweeps.space import Trial, trials
 from deepscale.sweeps.tags import ENDED as ENDS
 from deepscale.sweeps.tags import FINISHED, STOPPED_EARLY, SWEEP, TRIAL
-from deepscale.sweeps.trial import Sweep, ended, free_port, trainable
+from deepscale.sweeps.trial import STOPPED, Sweep, ended, free_port, trainable
 from deepscale.tracking_read import Reader
 
 Search = search.Listed | search.Optuna
@@ -190,9 +190,11 @@ def _searcher(sweep: Sweep, searching: Search, stop: "Stop") -> Any:
             return {"number": trial.number, **trial.settings}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            last = result or {}
+            trial, last = self.given[trial_id], result or {}
             outcome = None if error else last.get("outcome", STOPPED_EARLY)
-            searching.tell(self.given[trial_id].number, outcome if outcome in ENDS else None, last)
+            if result and outcome == STOPPED_EARLY:  # Tune says so before it asks the trial's worker to end
+                (sweep.place(trial) / STOPPED).touch()
+            searching.tell(trial.number, outcome if outcome in ENDS else None, last)
 
         def save(self, checkpoint_path: str) -> None:
             """What is left follows from the trials' folders."""

@@ -56,8 +56,6 @@ def fields(found: Found, where: str) -> dict[str, Any]:
         grid = {name: texts for name, texts in grid.items() if name not in ranges}
         if without:
             raise UsageError(f"{where}: without leaves points of a grid out, and the search is {search}; leave it out, or type search: grid")
-    if search == "optuna" and len(seeds) > 1:
-        raise UsageError(f"{where}: Optuna's search trains each point once, and {len(seeds)} seeds were given; type one, or search: random")
     if not grid and not ranges and len(seeds) == 1:
         raise UsageError(f"{where} varies nothing; type for example {KEYS['grid']}")
     return {

@@ -137,7 +137,8 @@ def scheduler(space: Space) -> Any:
     steps, every = check_scheduler(space)
     least = every * max(1, math.ceil(steps / REDUCTION**RUNGS / every))  # before it, nothing is stopped
     if space.scheduler == "median":
-        return schedulers.MedianStoppingRule(time_attr="step", grace_period=least)
+        # It would pause trials while it has seen too few, and what is paused must hand Tune a checkpoint: within its time slice it does not.
+        return schedulers.MedianStoppingRule(time_attr="step", grace_period=least, min_time_slice=math.inf)
     # After the last step it has nothing to stop: a training is told to Tune as ended then.
     return schedulers.ASHAScheduler(time_attr="step", max_t=steps + 1, grace_period=least, reduction_factor=REDUCTION)
 

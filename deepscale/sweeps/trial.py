@@ -11,6 +11,7 @@ memory. Rank 0 is started by the worker that Ray gives the trial, every other on
         ended.json       how it ended, once there is nothing left to train
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -37,7 +38,8 @@ REFUSED, INTERRUPTED = "refused", "interrupted"
 TOLD = ("step", "val/accuracy", "val/loss", "test/accuracy")
 # Exit codes of a training after which nothing is left to train: these are results, and a second try would end in the same way.
 ENDS = {0: FINISHED, errors.NonFiniteError.exit_code: NON_FINITE, errors.OutOfMemoryError.exit_code: OUT_OF_MEMORY}
-STOP = "stop"
+STOP = "stop"  # in the sweep's folder
+STOPPED = "stopped"  # in a trial's: the scheduler has stopped it
 # Whatever ends Ray's worker asks the training to stop, which then keeps a checkpoint.
 END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a trial is a world of its own
@@ -46,6 +48,13 @@ OTHERS_S = 10.0  # for the other ranks to see by themselves that one has gone, a
 PATIENCE_S = 90.0  # from SIGTERM, after which a training writes a checkpoint, to SIGKILL
 PREDECESSOR_S = 120.0  # for the same trial of a sweep that was killed, which still writes its checkpoint
 PORTS = (20_000, 30_000)  # below those that the system gives away by itself
+
+
+class Unwritten(dict[str, str]):
+    """Variables of the environment, passwords among them: what pickles it, as Tune does with all that it is given, writes down an empty one."""
+
+    def __reduce__(self) -> Any:
+        return Unwritten, ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Sweep:
     experiment: str
     folder: str
     working_folder: str
-    environment: Mapping[str, str]
+    environment: Unwritten
     trials: int
     start: str
     ranks: int = 1
@@ -143,6 +152,7 @@ class Training:
         self.ranks: list[Any] = []
         if self.outcome is None and not sweep.stop_file.exists():
             self._write(BEGUN)
+            (self.place / STOPPED).unlink(missing_ok=True)
             _wait_for_predecessor(self.place / "checkpoints")
             self._start()
 
@@ -211,12 +221,12 @@ class Training:
         return codes
 
     def close(self) -> None:
-        """The end of the trial: a training that still runs is one that the scheduler has stopped."""
+        """The end of the trial, whether its training has ended, the scheduler has stopped it, or Ray has failed."""
         try:
             if None in self._codes():
                 self.end()
-                if not self.sweep.stop_file.exists():
-                    self._keep(STOPPED_EARLY)
+            if self.outcome is None and (self.place / STOPPED).exists():
+                self._keep(FINISHED if set(self._codes()) == {0} else STOPPED_EARLY)
         finally:
             for rank in self.ranks[1:]:
                 _kill_actor(rank)
@@ -282,15 +292,22 @@ class Training:
 
 
 def trainable(sweep: Sweep) -> type:
-    """The class that Tune makes an actor of for each trial, in a worker that imports neither torch nor DeepSpeed."""
+    """The class that Tune makes an actor of for each trial, in a worker that imports neither torch nor DeepSpeed.
+
+    Tune keeps the class in a file; the environment goes through Ray's memory instead.
+    """
+    import ray
     from ray import tune
+
+    environment = ray.put(dict(sweep.environment))
 
     class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """A trial: one step of it is one validation."""
 
         def setup(self, config: dict[str, Any]) -> None:
             settings = {name: value for name, value in config.items() if name != "number"}
-            self.training = Training(sweep, Trial(config["number"], settings))
+            whole = dataclasses.replace(sweep, environment=Unwritten(ray.get(environment)))
+            self.training = Training(whole, Trial(config["number"], settings))
 
         def step(self) -> dict[str, Any]:
             return self.training.validated()
