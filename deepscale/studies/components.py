@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deepscale import drawing
-from deepscale.bench.report import number
 from deepscale.studies import figures
+from deepscale.studies.page import amount
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, FromSweep, Results, Scale, Study
 
 ACTIVATIONS, NORMS, SKIPS = ("gelu", "relu", "tanh", "sigmoid"), ("layernorm", "none"), ("identity", "none")
@@ -74,7 +74,7 @@ def _tanh_without_norm(found: Results) -> bool | None:
 
 def _gradients(found: Results) -> str:
     values = {name: value for name in WITH_SKIP if (value := found.mean(name, MEAN_GRADIENT)) is not None}
-    return "first layer's mean |g| over the run: " + ", ".join(f"{number(value)} ({name})" for name, value in values.items())
+    return "first layer's mean |g| over the run: " + ", ".join(f"{amount(value)} ({name})" for name, value in values.items())
 
 
 def _peaks(found: Results) -> dict[str, tuple[float, float, float]]:
@@ -94,7 +94,7 @@ def _rises_and_falls(found: Results) -> bool | None:
 
 
 def _peaks_said(found: Results) -> str:
-    return "; ".join(f"{number(a)} to {number(b)}, then {number(c)} ({name})" for name, (a, b, c) in _peaks(found).items())
+    return "; ".join(f"{amount(a)} to {amount(b)}, then {amount(c)} ({name})" for name, (a, b, c) in _peaks(found).items())
 
 
 def shares(found: Results, path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Study 1, depth: the same network from 26 to 10,001 layers. Do all depths train, and is the first layer's gradient the same at every depth?"""
 
-from deepscale.bench.report import number
 from deepscale.studies import figures
+from deepscale.studies.page import amount
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
 
 GRADIENT = "grad/first_layer_mean_abs"
@@ -65,7 +65,7 @@ def _accuracies(found: Results) -> str:
 
 
 def _listed(values: dict[str, float]) -> str:
-    return ", ".join(f"{number(value)} ({name})" for name, value in values.items())
+    return ", ".join(f"{amount(value)} ({name})" for name, value in values.items())
 
 
 STUDY = Study(

@@ -47,9 +47,10 @@ def curves(*metrics: str, cases: Sequence[str] = (), logarithmic: bool = False) 
                     continue
                 look, (x, mean, deviation) = _look(groups.index(group)), over_seeds(group, metric)
                 axis.plot(x, factor * mean, label=group.case.name, marker="o" if len(x) < 15 else None, markersize=3, **look)
-                axis.fill_between(x, factor * (mean - deviation), factor * (mean + deviation), color=look["color"], alpha=0.12, linewidth=0)
+                low = np.where(mean > deviation, mean - deviation, np.nan) if log or logarithmic else mean - deviation  # a logarithm has no 0
+                axis.fill_between(x, factor * low, factor * (mean + deviation), color=look["color"], alpha=0.12, linewidth=0)
             _finish(axis, "optimiser step", label, logarithmic=log or logarithmic)
-        _legend(figure, axes[0])
+        legend(figure, axes[0])
         drawing.save(figure, path)
         return True
 
@@ -80,7 +81,7 @@ def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cas
                 axis.plot(x, factor * y, label=group.case.name, linewidth=1.4, **_look(groups.index(group)))
             axis.set_title(f"step {min(steps):,}" + (f" to {max(steps):,}, the last of each" if len(steps) > 1 else ""), fontsize=10)
             _finish(axis, "depth, share of the layers" if relative else "layer, from the image to the head", label, logarithmic=log)
-        _legend(figure, axes[0])
+        legend(figure, axes[0])
         drawing.save(figure, path)
         return True
 
@@ -160,7 +161,7 @@ def _finish(axis: Any, x: str, y: str, logarithmic: bool) -> None:
     axis.margins(x=0.02)
 
 
-def _legend(figure: Any, axis: Any) -> None:
+def legend(figure: Any, axis: Any) -> None:
     """Below all panels."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
@@ -184,7 +185,7 @@ def scatter(x: str, y: str, names: Mapping[str, str] | None = None, logarithmic:
         _finish(axis, labels[0], labels[1], logarithmic[1])
         if logarithmic[0]:
             axis.set_xscale("log")
-        _legend(figure, axis)
+        legend(figure, axis)
         drawing.save(figure, path)
         return True
 

@@ -1,8 +1,8 @@
 """Study 1, LayerScale: which initial gamma a deep network needs. Reads the rows of the sweep tune/spaces/layerscale.yaml."""
 
-from deepscale.bench.report import number
 from deepscale.studies import figures
 from deepscale.studies.components import from_sweep
+from deepscale.studies.page import amount
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
 
 ACCURACY, GRADIENT = "val/accuracy", "grad/first_layer_mean_abs"
@@ -51,7 +51,7 @@ def _order(found: Results) -> bool | None:
 
 def _gradients(found: Results) -> str:
     values = {name: value for name in ORIGINAL if (value := found.mean(name, MEAN_GRADIENT)) is not None}
-    return "mean |g| over the run: " + ", ".join(f"{number(value)} ({name})" for name, value in values.items()) if values else ""
+    return "mean |g| over the run: " + ", ".join(f"{amount(value)} ({name})" for name, value in values.items()) if values else ""
 
 
 STUDY = Study(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deepscale import drawing
-from deepscale.bench.report import number
 from deepscale.errors import DeepscaleError, UsageError
+from deepscale.studies.page import amount
 from deepscale.studies.stored import results_folder
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Converged, Figure, Finding, Measured, Results, Scale, Study
 
@@ -80,7 +80,9 @@ def _said(found: Results) -> str:
     times = _times(found)
     layers = {name: value for name in POLICIES.values() if (value := found.mean(name, LAYERS)) is not None}
     listed = ", ".join(f"{value:,.0f} ({name})" for name, value in layers.items())
-    return f"layers: {listed}; {number(times)} times as deep" if times else f"layers: {listed}"
+    if not layers:
+        return ""
+    return f"layers: {listed}; {amount(times)} times as deep" if times else f"layers: {listed}"
 
 
 def _deeper(found: Results) -> bool | None:

@@ -117,11 +117,20 @@ def form(metric: str, value: float) -> str:
     """A number as the page writes it."""
     if metric.endswith(("accuracy", "loss")) and metric != "loss":
         return form_of(metric)(value)
+    return amount(value)
+
+
+def amount(value: float) -> str:
+    """Three digits that mean something, whole numbers in full: "338,500", "0.0871", "1.65e14".
+
+    >>> amount(338500), amount(0.08712), amount(1.652e14), amount(3.46e-9)
+    ('338,500', '0.0871', '1.65e14', '3.46e-9')
+    """
     if not math.isfinite(value):
         return "infinite"
-    if value == round(value) and abs(value) < 1e10:
+    if value == round(value) and abs(value) < 1e7:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e5 else rate(value)
+    return re.sub(r"e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.3g}" if abs(value) >= 1e5 else rate(value))
 
 
 def findings(found: Results) -> list[list[str]]:
@@ -171,8 +180,8 @@ def _about_table(found: Results) -> str:
 
 
 def _seeds_drawn(found: Results) -> str:
-    count = max((len(group.rows) for group in found.groups.values()), default=0)
-    return f" (n = {count})"
+    count = max((len(group.rows) for group in found.groups.values() if group.case.compute is None), default=0)
+    return f" (n = {count})" if count else ""
 
 
 def _converged(group: Group) -> str:

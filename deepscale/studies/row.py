@@ -120,8 +120,9 @@ def complete(given: tuple[Job, str]) -> None:
     job, ended = given
     torch.set_num_threads(int({**BEFORE, **job.free}["threads"]))
     begin, started = time.monotonic(), time.time_ns() // 1_000_000
-    if job.case.compute is not None:
-        measured, ended = _tried(lambda: job.case.compute(job.settings, job.key.seed) if job.case.compute else Measured({}))
+    compute = job.case.compute
+    if compute is not None:
+        measured, ended = _tried(lambda: compute(job.settings, job.key.seed))
         found = _own(job, measured, started, time.monotonic() - begin)
         _tell(job, found, ended, started)
     else:

@@ -4,6 +4,7 @@ What is half done goes on from its checkpoint (train.py's --resume auto). A row'
 and memory that runs out are results. Ctrl-C and SIGTERM let every training keep a checkpoint.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -92,7 +93,7 @@ class Runner:
         self.limit = math.inf  # when a row that was asked to end is ended
         self.processes: set[Any] = set()
         self.lock = threading.Lock()
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = _gpus()
         # A process that has asked for a GPU cannot be forked.
         self.context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
         if not gpus:
@@ -102,7 +103,7 @@ class Runner:
         self.concurrent = max(1, min(concurrent, len(jobs)))
         self.slots: queue.SimpleQueue[str] = queue.SimpleQueue()
         for i in range(self.concurrent):
-            self.slots.put(str(i % gpus) if gpus else "")
+            self.slots.put(gpus[i % len(gpus)] if gpus else "")
         self.environment = {name: value for name, value in os.environ.items() if name not in OWN_WORLD}
         self.environment |= {"MLFLOW_TRACKING_URI": store_uri(), "PYTHONUNBUFFERED": "1"}
 
@@ -170,7 +171,7 @@ class Runner:
         for phase in job.phases:
             for checkpoint in job.place(phase).glob("step-*"):  # the trained weights stay beside them
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        return End(job, ended)
+        return End(job, str(json.loads(job.file.read_text())["outcome"]))
 
     def _without_result(self, job: Job, code: int) -> End:
         if self.code or code in (errors.AGAIN, 130):
@@ -195,6 +196,13 @@ class Runner:
                 process.kill()
         self.processes.discard(process)
         return int(process.exitcode)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(i) for i in range(count)])[:count]
 
 
 def _wait_for_predecessor(checkpoints: Path) -> None:
