@@ -12,7 +12,7 @@ from typing import Any
 from deepscale.bench.report import markdown
 from deepscale.files import atomic
 from deepscale.progress import rate, seconds
-from deepscale.studies.study import CPU, Group, Results
+from deepscale.studies.study import CPU, Figure, Group, Results
 from deepscale.sweeps.results import counted
 from deepscale.sweeps.table import form_of
 from deepscale.sweeps.tags import FINISHED
@@ -29,7 +29,7 @@ def write(found: Results, folder: Path, rows: Path) -> Path:
     for figure in found.study.figures:
         path = folder / f"{stem}-{figure.name}.png"
         if figure.draw(found, path):
-            drawn.append((path.name, figure.caption))
+            drawn.append((path.name, figure.caption + _rows_drawn(found, figure)))
         else:
             path.unlink(missing_ok=True)  # of rows that are not there any more
     page = folder / f"{stem}.md"
@@ -61,7 +61,7 @@ def text(found: Results, figures: Iterable[tuple[str, str]], rows: str) -> Itera
         if said:
             yield from (said, "")
     for file, caption in figures:
-        yield from (f"![{caption}]({file})", "", f"*{caption}{_seeds_drawn(found)}*", "")
+        yield from (f"![{caption}]({file})", "", f"*{caption}*", "")
     yield from ("## Where the numbers come from", "", *(f"- {line}" for line in origin(found, rows)))
 
 
@@ -108,7 +108,7 @@ def mean(group: Group, metric: str) -> str:
     middle, deviation = group.mean(metric), group.deviation(metric)
     if middle is None:
         return NOTHING
-    if deviation is None:
+    if deviation is None or (not deviation and middle == round(middle)):  # a count, the same in all
         return form(metric, middle)
     return f"{form(metric, middle)} ± {form(metric, deviation)}".replace(" % ±", " ±")
 
@@ -179,9 +179,10 @@ def _about_table(found: Results) -> str:
     return "; ".join([*parts, f"converged: {study.converged}", f"{NOTHING} was not measured"])
 
 
-def _seeds_drawn(found: Results) -> str:
+def _rows_drawn(found: Results, figure: Figure) -> str:
+    """How many trainings of a case a figure shows."""
     count = max((len(group.rows) for group in found.groups.values() if group.case.compute is None), default=0)
-    return f" (n = {count})" if count else ""
+    return f" (n = {1 if figure.first else count})" if count else ""
 
 
 def _converged(group: Group) -> str:
