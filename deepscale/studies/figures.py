@@ -27,6 +27,8 @@ AXES: dict[str, tuple[str, float, bool]] = {
     "grad/first_layer_mean_abs": ("first layer's gradient, mean |g|", 1.0, True),
     "mean_abs": ("gradient of the weights, mean |g|", 1.0, True),
     "output_grad_l2": ("gradient at the block outputs, L2 norm", 1.0, True),
+    "use": ("|branch| / |stream| of a block", 1.0, True),
+    "gamma": ("|gamma|", 1.0, True),
     "output_std": ("signal: standard deviation of the block outputs", 1.0, True),
 }
 

@@ -1,0 +1,114 @@
+"""Stochastic depth at 1,004 layers: what dropping blocks saves in time, and what it does to accuracy."""
+
+from deepscale.bench.report import number
+from deepscale.studies import figures
+from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
+
+ACCURACY, STEP = "val/accuracy", "perf/step_s median"
+NONE, DEPTH = "no dropping", "1004"
+RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
+IMAGES = (0.2, 0.5)
+SAVED = 0.8  # of the time that the dropped blocks would take, at least
+BESIDE = 0.02
+RECIPE = {"dataset": "cifar10", "feed": "tensors", "depth": DEPTH}
+
+
+def blocks(rate: float) -> str:
+    """The case of whole blocks dropped."""
+    return f"blocks, rate {rate:g}"
+
+
+def images(rate: float) -> str:
+    """The case of a mask on single images' branches."""
+    return f"images, rate {rate:g}"
+
+
+def share(found: Results, case: str) -> float | None:
+    """Time of a step over that without dropping."""
+    whole, own = found.mean(NONE, STEP), found.mean(case, STEP)
+    return None if whole is None or own is None else own / whole
+
+
+def _saves(found: Results) -> bool | None:
+    """Rates grow linearly from 0, so half the last one's share of the blocks is dropped."""
+    pairs = [(rate, value) for rate in RATES if (value := share(found, blocks(rate))) is not None]
+    return None if len(pairs) < len(RATES) else all(1 - value >= SAVED * rate / 2 for rate, value in pairs)
+
+
+def _saves_nothing(found: Results) -> bool | None:
+    values = [share(found, images(rate)) for rate in IMAGES]
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(IMAGES) else min(known) > 0.95
+
+
+def _shares(cases: list[str], found: Results) -> str:
+    values = {case: value for case in cases if (value := share(found, case)) is not None}
+    return "time of a step over that without dropping: " + ", ".join(f"{number(value)} ({case})" for case, value in values.items())
+
+
+def _improves(found: Results) -> bool | None:
+    whole, half = found.mean(NONE), found.mean(blocks(0.5))
+    return None if whole is None or half is None else half > whole
+
+
+def _alike(found: Results) -> bool | None:
+    pairs = [(found.mean(blocks(rate)), found.mean(images(rate))) for rate in IMAGES]
+    known = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return None if len(known) < len(pairs) else max(known) <= BESIDE
+
+
+def _accuracies(found: Results) -> str:
+    values = {name: value for name in found.groups if (value := found.mean(name)) is not None}
+    return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items())
+
+
+STUDY = Study(
+    name="dropped",
+    title="Stochastic depth at 1,004 layers",
+    question="What does dropping blocks while training save in time, and what does it do to accuracy?",
+    source="Huang et al. 2016 (arXiv:1603.09382): a block is dropped for the whole mini-batch, the last with probability 0.5; 1,202 layers reach "
+    "4.91 % error on CIFAR-10 in 500 epochs",
+    cases=(
+        Case(NONE, {"drop_path": "0"}),
+        *(Case(blocks(rate), {"drop_path": str(rate), "drop_path_mode": "batch"}) for rate in RATES),
+        *(Case(images(rate), {"drop_path": str(rate), "drop_path_mode": "sample"}) for rate in IMAGES),
+    ),
+    scales={
+        SMOKE: Scale(
+            {
+                "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "4", "depth": "110",
+                "eval_images": "40", "engine": "torch", "kernel": "torch",
+            },
+            cases=(blocks(0.5),),
+            note="110 layers of width 4 on synthetic images, four steps: only the machinery",
+        ),
+        CPU: Scale(
+            {**RECIPE, "width": "8", "patch_size": "4", "batch_size": "64", "lr": "2e-3", "max_steps": "150", "eval_every": "75",
+             "eval_images": "2000", "engine": "torch", "record_every": "50"},
+            note="width 8, patches of 4 x 4 pixels, 150 steps of batch 64 (a fifth of an epoch) instead of 500 epochs: the time is measured, the "
+            "accuracy is an early one; one seed",
+        ),
+        FULL: Scale(
+            {**RECIPE, "width": "64", "patch_size": "1", "batch_size": "64", "lr": "1e-3", "epochs": "100", "color_jitter": "0.2",
+             "precision": "bf16"},
+            seeds=(0, 1, 2),
+            note="the first study's network and recipe",
+        ),
+    },
+    columns={
+        ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", STEP: "s per step",
+        "perf/peak_memory_bytes": "peak memory, bytes",
+    },
+    findings=(
+        Finding(f"Dropping whole blocks saves at least {SAVED:.0%} of the time that the dropped ones would take (half the last block's rate).",
+                _saves, lambda found: _shares([blocks(rate) for rate in RATES], found)),
+        Finding("Dropping blocks for single images saves no time.", _saves_nothing, lambda found: _shares([images(rate) for rate in IMAGES], found)),
+        Finding("Stochastic depth of rate 0.5 reaches more than none.", _improves, _accuracies),
+        Finding(f"For whole batches it is as good as for single images: within {BESIDE:.0%} of validation accuracy.", _alike),
+    ),
+    figures=(
+        Figure("curves", "Loss (of the networks with dropped blocks) and validation accuracy (of the whole network).",
+               figures.curves("train/loss", ACCURACY)),
+        Figure("time", "What a step takes, and what the network reaches with it.", figures.scatter(STEP, ACCURACY, {STEP: "time of a step, s"})),
+    ),
+)  # fmt: skip
