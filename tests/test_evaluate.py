@@ -16,6 +16,7 @@ from deepscale import checkpoints
 from deepscale.cli import main
 from deepscale.config import Config
 from deepscale.models.reference import PlainConvNeXt
+from deepscale.studies import used
 from deepscale.train import main as train
 
 SETTINGS: dict[str, Any] = {"depth": 26, "width": 4, "patch_size": 4, "batch_size": 16, "dataset": "synthetic", "layerscale_init": 0.1}
@@ -127,6 +128,22 @@ def test_without_the_least_used_blocks(folder: Path, capsys: pytest.CaptureFixtu
     assert "without the 2 least used of 8 blocks, which move the stream by up to" in capsys.readouterr().out
     for typed, words in (("9", "more than the network's 8 blocks"), ("half", "type for example 10,25%,50%"), ("101%", "no share")):
         assert words in refused(capsys, "evaluate", "weights", "--without-blocks", typed)
+
+
+def test_the_study_of_use_measures_every_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Use and gamma of all 8 blocks at steps 2, 4 and 6; accuracy without none of them is the run's, without all that of a network without blocks."""
+    found = used.measure(folder / "weights", {}, 0)
+    for field in ("use", "gamma"):
+        assert list(found.profiles[field]) == ["2", "4", "6"]
+        assert all([layer for layer, _ in points] == [4, 7, 10, 13, 16, 19, 22, 25] for points in found.profiles[field].values())
+    last = {name: dict(points)["6"] for name, points in ((field, found.profiles[field]) for field in ("use", "gamma"))}
+    whole = evaluated(capsys, "weights", "--without-blocks", "0,8")
+    assert [value for _, value in last["use"]] == pytest.approx(list(whole["use"].values()), rel=1e-4)
+    for name in (used.LEAST, used.ANY):
+        curve = dict(found.curves[name])
+        assert (curve[0], curve[100]) == tuple(row["accuracy"] for row in whole["without"])
+    assert 0 <= found.numbers[used.NEEDED] <= found.numbers[used.BLOCKS] == 8 and 1 <= found.numbers[used.EFFECTIVE] <= 8
+    assert (used.effective([2.0, 2.0, 0.0]), used.effective([3.0]), used.effective([0.0])) == (pytest.approx(2), pytest.approx(1), 0.0)
 
 
 def test_bad_input_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ from deepscale.models.convnext import ConvNeXt, cross_entropy, use_kernel
 from deepscale.models.naming import to_plain
 from deepscale.models.reference import PlainConvNeXt
 from deepscale.ops.op import missing_compiler
+from deepscale.studies import normfree
+from deepscale.studies.study import Group, Results, Row
 
 
 def config(**settings: Any) -> ModelConfig:
@@ -196,3 +198,28 @@ def test_auto_gamma_goes_with_skip_and_init() -> None:
         ({"skip": "none"}, None), ({"init": "deepnorm"}, 0.0), ({"skip": "deepnorm", "layerscale_init": 0.0}, 0.0),
     ):  # fmt: skip
         assert ModelConfig(**settings).gamma_init == gamma, settings
+
+
+# --------------------------------------------------------------------------------------------------------------- the study
+
+
+def found(slopes: dict[str, float | None], accuracies: dict[tuple[str, int], float]) -> Results:
+    """Made-up rows: a method's decades per 1,000 layers at the initial values (None: nothing finite), and what it reaches at a depth."""
+    study = normfree.STUDY
+    rows = {normfree.at_init(method): {normfree.SLOPE: value} if value is not None else {} for method, value in slopes.items()}
+    rows |= {normfree.trained(method, depth): {normfree.ACCURACY: value} for (method, depth), value in accuracies.items()}
+    groups = {name: Group(study.case(name), (Row(name, 0, "finished", numbers),), study.converged) for name, numbers in rows.items()}
+    return Results(study, "cpu", groups)
+
+
+def test_findings_follow_from_the_rows() -> None:
+    """Each of the study's sentences holds, does not, and is not tested, on rows made up for it."""
+    deep = {(method, depth): 0.4 for method in normfree.METHODS for depth in (normfree.SHALLOW, normfree.DEEP)}
+    level = dict.fromkeys(normfree.METHODS, 0.05) | {normfree.HE: None}
+    expected = found(level, deep | {(normfree.HE, normfree.SHALLOW): 0.1, (normfree.HE, normfree.DEEP): 0.1})
+    assert all(finding.holds(expected) for finding in normfree.STUDY.findings)
+    opposite = found(dict.fromkeys(normfree.METHODS, 0.2) | {normfree.HE: 0.0}, dict.fromkeys(deep, 0.1) | {(normfree.NORMED, normfree.DEEP): 0.5})
+    holding = [finding.holds(opposite) for finding in normfree.STUDY.findings]
+    fails = [i for i, finding in enumerate(normfree.STUDY.findings) if finding.sentence.startswith("He's weights alone train neither")]
+    assert [i for i, holds in enumerate(holding) if holds] == fails and None not in holding
+    assert {finding.holds(found({}, {})) for finding in normfree.STUDY.findings} == {None}
