@@ -18,8 +18,8 @@ from deepscale.sweeps.tags import FINISHED, STOPPED_EARLY
 
 BEGUN, ENDED = "trial.json", "ended.json"  # in a trial's folder
 SEED = 0  # of Optuna's sampler; more by the trials of earlier starts, which it would draw again
-REDUCTION = 3  # ASHA goes on with the best third of each rung
-RUNGS = 2  # before the end: at a ninth and at a third of the steps
+REDUCTION = 4  # ASHA goes on with the best quarter of each rung
+RUNGS = 2  # before the end: at a 16th and at a quarter of the steps
 
 
 def count(space: Space) -> int:
