@@ -15,6 +15,7 @@ from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Mea
 ACCURACY, EFFECTIVE, BLOCKS, NEEDED = "val/accuracy", "effective blocks", "blocks", "blocks needed"
 LEAST, ANY = "accuracy without the least used", "accuracy without blocks drawn at random"
 REMOVED = (0, 10, 25, 50, 75, 90, 95, 100)  # % of the blocks
+CHANCE = 0.1
 KEPT = 0.95  # of what the network has learnt over chance: what the blocks that are needed must reach
 DEPTHS = (26, 302, 1004, 10001)
 RECIPE = {"dataset": "cifar10", "feed": "tensors", "layerscale_init": "0", "keep": "100"}
@@ -88,6 +89,22 @@ def _chosen(found: Results) -> bool | None:
     pairs = [(_without(found, case, LEAST, 50), _without(found, case, ANY, 50)) for case in _deep(found)]
     known = [(least, any_) for least, any_ in pairs if least is not None and any_ is not None]
     return None if not known else all(least > any_ for least, any_ in known)
+
+
+def _without_any(found: Results) -> bool | None:
+    """Whether the blocks are what the deep networks know: without any of them less than half of what was learnt is left."""
+    pairs = [(_without(found, case, LEAST, 0), _without(found, case, LEAST, 100)) for case in _deep(found)]
+    known = [(whole, none) for whole, none in pairs if whole is not None and none is not None]
+    return None if not known else all(none - CHANCE < (whole - CHANCE) / 2 for whole, none in known)
+
+
+def _outside(found: Results) -> str:
+    parts = []
+    for name in found.groups:
+        whole, none = (_without(found, name, LEAST, at) for at in (0, 100))
+        if whole is not None and none is not None:
+            parts.append(f"{whole:.1%} and {none:.1%} without any ({name})")
+    return "test accuracy: " + ", ".join(parts)
 
 
 def _half(found: Results) -> str:
@@ -169,6 +186,8 @@ STUDY = Study(
     findings=(
         Finding(f"All blocks of the deep networks are used: more than 90 % of them are needed for {KEPT:.0%} of what was learnt.",
                 _all_used, _needed),
+        Finding("What the deep networks know is in their blocks: without any, stem, downsamplings and head keep less than half of what was learnt.",
+                _without_any, _outside),
         Finding("A deeper network uses more blocks: their effective number grows with the depth.", _grows, _effective),
         Finding("What a block adds tells whether it is needed: without the least used half more is left than without a random half.", _chosen, _half),
     ),
@@ -182,6 +201,7 @@ STUDY = Study(
     notes=(
         "A block's use is |gamma branch(x)| / |x|: L2 norms over an image's whole stream, averaged over 500 validation images. A block that is left "
         "out is gone past by its skip connection, which is the same as a gamma of 0. The effective number of blocks is (sum of uses)^2 / (sum of "
-        "their squares). Chance is taken off before 95 % are asked for.",
+        "their squares). Chance is taken off before 95 % are asked for; left out were "
+        + ", ".join(map(str, REMOVED)) + " % of the blocks.",
     ),
 )  # fmt: skip
