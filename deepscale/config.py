@@ -94,6 +94,23 @@ def _tags(text: str) -> tuple[str, ...]:
     return tags
 
 
+def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """(from, to) layers of "1-3,4-7", each pair going on to a later layer.
+
+    >>> parse_pairs("1-3,4-7")
+    ((1, 3), (4, 7))
+    """
+    found = [re.fullmatch(r"([0-9]{1,7})-([0-9]{1,7})", part) for part in text.split(",")]
+    pairs = tuple((int(match[1]), int(match[2])) for match in found if match)
+    if len(pairs) != len(found) or not all(0 < first < second for first, second in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of connections, each from a layer to a later one; type for example 1-3,4-7")
+    return pairs
+
+
+def _pairs(text: str) -> str:
+    return ",".join(f"{first}-{second}" for first, second in parse_pairs(text))
+
+
 parse_count = _integer(1)
 
 
@@ -183,7 +200,8 @@ def _switch(default: bool | Auto, text: str) -> Any:
 
 MODEL_NAMES = tuple(registry.MODELS)
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
-NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")
+NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")  # ConvNeXt's
+ALL_NORM_NAMES = (*NORM_NAMES, "tensornorm")
 SKIP_NAMES = ("identity", "deepnorm", "none")
 INIT_NAMES = ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
@@ -213,12 +231,16 @@ class ModelConfig(_Checked):
     patch_size: int | Auto = _option(AUTO, "side and stride of the stem's convolution, pixels; auto: 1 where time allows", _auto(_integer(1)))
     kernel_size: int = _option(3, "side of the depthwise convolutions, pixels, odd", _integer(1))
     activation: str = _option("gelu", f"activation of the blocks: {', '.join(ACTIVATION_NAMES)}", _choice(ACTIVATION_NAMES))
-    norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}", _choice(NORM_NAMES))
+    norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}; of mlp also tensornorm", _choice(ALL_NORM_NAMES))
     norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
     skip: str = _option(
         "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", _choice(SKIP_NAMES)
     )
     skip_scope: str = _option("blocks", "where --skip applies in vgg: blocks, or all (those that halve the image, too)", _choice(("blocks", "all")))
+    skip_pairs: str | None = _option(
+        None, "skip connections of mlp from hidden layer to hidden layer: 1-3,4-7 adds layer 1's output to layer 3's", _or("none", _pairs, None)
+    )
+    gradient_normalisation: bool = _switch(False, "in mlp: make the gradient at each hidden layer's output of mean 0 and deviation 1")
     init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; kaiming is He's, torch its default, biases too", _choice(INIT_NAMES))
     init_std: float = _option(0.02, "deviation of --init normal", _real(0.0))
     layerscale_init: float | None | Auto = _option(
@@ -321,6 +343,7 @@ class RecipeConfig(_Checked):
         None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", _or("none", parse_duration, None)
     )
     eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(_integer(1)))
+    freeze: int = _option(0, "layers, from the first on, that are not trained", _integer(0))
     seed: int = _option(0, "initial values, data order and augmentation", _integer(0, 2**31 - 1))
 
 
@@ -407,8 +430,19 @@ class CheckpointConfig(_Checked):
         "by itself checkpoints/<what was asked> with --checkpoint-every or --resume auto, else nothing is saved",
     )
     resume: str = _option("never", "auto: go on from the newest checkpoint of --checkpoint-dir, if there is one; PATH: from this one; or never")
+    init_from: str | None = _option(
+        None,
+        "weights to start from where they fit: a model.safetensors, a checkpoint, or a --checkpoint-dir of another run; none: none",
+        _or("none", str, None),
+    )
+    init_layers: int | None = _option(None, "of --init-from, how many layers from the first on; none: all", _or("none", _integer(1), None))
     keep: int = _option(2, "newest checkpoints that are kept, beside the best", _integer(1))
     async_save: bool | Auto = _switch(AUTO, "write checkpoints while training goes on, from a copy in memory; auto: where the copy fits")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_layers is not None and self.init_from is None:
+            raise UsageError(f"--init-layers {self.init_layers} is for --init-from, which was not given; type --init-from FILE, too")
 
 
 @dataclass(frozen=True)
@@ -421,6 +455,12 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        odd = f"--accumulation {self.recipe.accumulation}" if self.recipe.accumulation > 1 else ""
+        odd = "--precision fp16" if self.engine.precision == "fp16" else odd
+        if self.model.gradient_normalisation and odd:
+            raise UsageError(f"{odd} scales the loss, and --gradient-normalisation lets no scale of it through; leave one of them out")
 
     def replace(self, **values: Any) -> "Config":
         """A copy with these settings changed, named flat: `config.replace(width=16, zero=2)`.

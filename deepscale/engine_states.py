@@ -50,8 +50,14 @@ def set_steps(optimizer: Optimizer, steps: int) -> None:
 
 def replicated(parameter: nn.Parameter, optimizer: Optimizer) -> Held:
     """A parameter that every rank holds whole, with its moments."""
-    exp_avg, exp_avg_sq = moments(optimizer, parameter)
-    return Held(0, parameter.detach().view(-1), exp_avg, exp_avg_sq, everywhere=True)
+    weight = parameter.detach().view(-1)
+    exp_avg, exp_avg_sq = moments(optimizer, parameter) if parameter.requires_grad else _none(weight)
+    return Held(0, weight, exp_avg, exp_avg_sq, everywhere=True)
+
+
+def _none(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A frozen parameter's moments."""
+    return torch.zeros_like(weight), torch.zeros_like(weight)
 
 
 def zero12(parameter: Any, zero: Any) -> Held:
@@ -68,9 +74,12 @@ def zero12(parameter: Any, zero: Any) -> Held:
 def zero3(parameter: Any, rank: int) -> Held:
     """This rank's partition of a parameter that ZeRO-3 has cut up, without the padding of the last one."""
     zero, piece = parameter._z3_optimizer, parameter.ds_tensor.ds_numel
-    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
     start = min(rank * piece, parameter.ds_numel)
     numel = min(piece, parameter.ds_numel - start)
+    if not parameter.requires_grad:
+        part = parameter.ds_tensor.detach().view(-1)[:numel]
+        return Held(start, part, *_none(part))
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
     master = zero.fp32_partitioned_groups_flat[group]
     weight, exp_avg, exp_avg_sq = (t.detach().narrow(0, offset, numel) for t in (master, *moments(zero.optimizer, master)))
     return Held(start, weight, exp_avg, exp_avg_sq, forward=(start, parameter.ds_tensor.detach().view(-1)[:numel]))

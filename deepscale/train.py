@@ -41,7 +41,7 @@ from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
 from deepscale.folder_lock import locked
 from deepscale.machine import measure_machine
-from deepscale.models import registry
+from deepscale.models import freezing, registry
 from deepscale.models.convnext import use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.models.network import Network
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"the run in {resumed.checkpoint.path.parent} has ended after its {resumed.checkpoint.step:,} steps: nothing is left to train"
                 )
                 return
+            if resumed is None:
+                checkpoints.check_there(settings.checkpoint.init_from)
             prepared = prepare(settings, place, screen, loading, resumed)
             preload(prepared.plan.config)
             rows, view = train(prepared, screen, asked_to_end)
@@ -179,6 +181,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     ) as record:
         place.doing.close = record.close_failed
         model = build_model(settings, info, place)
+        begin_with(model, settings, resumed, screen)
         engine = build_engine(model, settings, place, run.cpu_adam)
         memory.give_back()  # ZeRO has copied the network's own tensors
         tracker = record.tracker
@@ -257,6 +260,14 @@ def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Netw
     return model.initialise(settings.recipe.seed)
 
 
+def begin_with(model: Network, settings: Config, resumed: Resumed | None, screen: progress.Progress) -> None:
+    """The weights that --init-from names, which a resumed run has from its checkpoint, and the layers that are to stay as they are."""
+    given = settings.checkpoint
+    if given.init_from is not None and resumed is None:
+        checkpoints.start_from(Path(given.init_from), model, given.init_layers, screen.say)
+    freezing.freeze(model, settings.recipe.freeze)
+
+
 def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool:
     """Builds DeepSpeed's CPU optimiser where offload may need it; whether it is there."""
     if asked.engine.engine != "deepspeed":
@@ -308,7 +319,7 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "loss": f"{result.first_loss:.4f} -> {result.loss:.4f}",
         "validation": f"{result.validation['accuracy']:.2%} of {result.validation['images']:,.0f} images, loss {result.validation['loss']:.4f}",
         "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
-        "first layer": f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
+        "first layer": "frozen" if settings.recipe.freeze else f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
         "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(expected)} were planned",
     }
 

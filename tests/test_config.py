@@ -16,7 +16,7 @@ from deepscale.models.registry import MODELS
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}
 # Options that take any text: paths and names.
-FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir", "resume"}
+FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir", "resume", "init_from"}
 
 # A value that is not the default for every option, as typed and as stored.
 OTHER: dict[str, tuple[str, Any]] = {
@@ -31,6 +31,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "norm_scope": ("blocks", "blocks"),
     "skip": ("deepnorm", "deepnorm"),
     "skip_scope": ("all", "all"),
+    "skip_pairs": ("1-3,4-7", "1-3,4-7"),
+    "gradient_normalisation": ("", True),
     "init": ("orthogonal", "orthogonal"),
     "init_std": ("0.1", 0.1),
     "layerscale_init": ("1e-6", 1e-6),
@@ -61,6 +63,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "max_steps": ("60", 60),
     "time_budget": ("5m", 300.0),
     "eval_every": ("10", 10),
+    "freeze": ("2", 2),
     "seed": ("7", 7),
     "engine": ("torch", "torch"),
     "zero": ("2", 2),
@@ -86,19 +89,26 @@ OTHER: dict[str, tuple[str, Any]] = {
     "checkpoint_every": ("500steps", Every(steps=500)),
     "checkpoint_dir": ("runs", "runs"),
     "resume": ("auto", "auto"),
+    "init_from": ("weights", "weights"),
+    "init_layers": ("4", 4),
     "keep": ("3", 3),
     "async_save": ("", False),
 }
 
 
 # What must be typed beside a setting for it to be possible; such settings are not typed with all the others.
-NEEDS = {"skip_scope": {"model": "vgg"}}
+NEEDS = {
+    "skip_scope": {"model": "vgg"},
+    "skip_pairs": {"model": "mlp"},
+    "gradient_normalisation": {"model": "mlp"},
+    "init_layers": {"init_from": "weights"},
+}
 APART = {"model", "init_std", *NEEDS}
 
 
 def with_needs(name: str) -> tuple[list[str], dict[str, Any]]:
     """What `name` needs, as typed and as it then differs from the defaults."""
-    return [word for other, text in NEEDS.get(name, {}).items() for word in (f"--{other}", text)], dict(NEEDS.get(name, {}))
+    return [word for other, text in NEEDS.get(name, {}).items() for word in (f"--{other.replace('_', '-')}", text)], dict(NEEDS.get(name, {}))
 
 
 def typed(name: str) -> list[str]:
@@ -144,15 +154,15 @@ def test_underscores_in_an_option_mean_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SWITCHES))
 def test_a_switch_can_be_set_both_ways(name: str) -> None:
-    flag = name.replace("_", "-")
-    assert flat(parse([f"--{flag}"]))[name] is True
-    assert flat(parse([f"--no-{flag}"]))[name] is False
+    flag, (needs, _) = name.replace("_", "-"), with_needs(name)
+    assert flat(parse([f"--{flag}", *needs]))[name] is True
+    assert flat(parse([f"--no-{flag}", *needs]))[name] is False
 
 
 CHOICES = {
     "model": tuple(MODELS),
     "activation": ("gelu", "relu", "silu", "tanh", "sigmoid"),
-    "norm": ("layernorm", "batchnorm", "rmsnorm", "none"),
+    "norm": ("layernorm", "batchnorm", "rmsnorm", "none", "tensornorm"),
     "norm_scope": ("all", "blocks"),
     "drop_path_mode": ("sample", "batch"),
     "skip": ("identity", "deepnorm", "none"),
@@ -170,11 +180,15 @@ CHOICES = {
 }
 
 
+# What must be typed beside a value.
+WITH_VALUE = {"tensornorm": ["--model", "mlp"]}
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     flag = name.replace("_", "-")
     for known in CHOICES[name]:
-        assert flat(parse([f"--{flag}", known, *with_needs(name)[0]]))[name] == known
+        assert flat(parse([f"--{flag}", known, *with_needs(name)[0], *WITH_VALUE.get(known, [])]))[name] == known
     with pytest.raises(UsageError) as refused:
         parse([f"--{flag}", "nonsense"])
     assert f"--{flag}" in str(refused.value)

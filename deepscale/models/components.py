@@ -218,6 +218,7 @@ class RunningStatistics(nn.Module):
         self.register_buffer("running_var", torch.ones(shape))
         self.register_buffer("pending", torch.zeros(2, *shape), persistent=False)
         self.passes = 0
+        self.frozen = False
 
     def reset_parameters(self) -> None:
         """The state before training: mean 0, variance 1."""
@@ -232,10 +233,11 @@ class RunningStatistics(nn.Module):
         self.passes += 1
 
     def commit(self) -> None:
-        """One update from the passes noted since the last."""
+        """One update from the passes noted since the last; none of frozen ones."""
         if self.passes:
-            self.running_mean.lerp_(self.pending[0] / self.passes, MOMENTUM)
-            self.running_var.lerp_(self.pending[1] / self.passes, MOMENTUM)
+            if not self.frozen:
+                self.running_mean.lerp_(self.pending[0] / self.passes, MOMENTUM)
+                self.running_var.lerp_(self.pending[1] / self.passes, MOMENTUM)
             self.pending.zero_()
             self.passes = 0
 

@@ -213,6 +213,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     """Two optimiser groups, with and without decay, by role."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # frozen
+            continue
         groups[decays(name.replace("_weight", ".weight"))].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 

@@ -14,7 +14,7 @@ from deepscale.models.network import Network
 STATISTICS = ("running_mean", "running_var")
 
 
-def _places(model: Network) -> dict[str, tuple[str, int | None]]:
+def places_of(model: Network) -> dict[str, tuple[str, int | None]]:
     """Plain name -> (name in the stacked state, block of its stack), parameters and BatchNorm's running statistics."""
     places = {plain: (where.name, where.index) for plain, where in model.plain_names()}
     stacks = {id(stack): (prefix, stack) for prefix, stack in model.stacks()}
@@ -45,7 +45,7 @@ def to_plain(model: Network, values: Mapping[str, Tensor] | None = None) -> dict
     state = model.state_dict() if values is None else values
     shapes = plain_shapes(model)
     plain = {}
-    for name, (place, index) in _places(model).items():
+    for name, (place, index) in places_of(model).items():
         if place in state:
             value = state[place] if index is None else state[place][index]
             plain[name] = value.reshape(shapes[name])
@@ -55,7 +55,7 @@ def to_plain(model: Network, values: Mapping[str, Tensor] | None = None) -> dict
 @torch.no_grad()
 def load_plain(model: Network, state: Mapping[str, Tensor]) -> None:
     """Loads a plain network's state into the stacked model. Raises UsageError for missing, surplus or misshapen tensors."""
-    places = _places(model)
+    places = places_of(model)
     for kind, names in (("missing", places.keys() - state.keys()), ("not part of this network", state.keys() - places.keys())):
         if names:
             raise UsageError(f"{len(names)} tensors are {kind}, among them {min(names)}; check --model, --depth, --norm and --layerscale-init")

@@ -71,6 +71,12 @@ def _vgg(model: "ModelConfig", images: Images, stack_size: StackSize) -> "Networ
     return VGG(model, images)
 
 
+def _mlp(model: "ModelConfig", images: Images, stack_size: StackSize) -> "Network":
+    from deepscale.models.mlp import MLP
+
+    return MLP(model, images)
+
+
 _BLOCK = ("activation", "norm", "norm_scope", "skip", "init", "init_std", "sync_batchnorm")  # what ConvNeXt's blocks are made of
 
 MODELS: dict[str, Kind] = {
@@ -81,6 +87,7 @@ MODELS: dict[str, Kind] = {
         ),
         depth=lambda asked: LAYERS_PER_BLOCK * sum(blocks_for_depth(asked)) + 2,
         shape=lambda model: f"{'+'.join(map(str, model.stage_blocks))} blocks",
+        values={"norm": ("layernorm", "batchnorm", "rmsnorm", "none")},
     ),
     "vgg": Kind(
         build=_vgg,
@@ -89,6 +96,16 @@ MODELS: dict[str, Kind] = {
         shape=lambda model: f"{(model.built_depth - 8) // 6} processing and a reduction block in each of 3 stages",
         defaults={"depth": 38, "width": 32, "norm": "none", "skip": "none", "init": "torch"},
         values={"norm": ("none", "batchnorm"), "skip": ("none", "identity"), "init": ("torch", "normal", "kaiming", "orthogonal")},
+    ),
+    "mlp": Kind(
+        build=_mlp,
+        settings=frozenset(
+            {"depth", "width", "activation", "norm", "skip", "skip_pairs", "gradient_normalisation", "init", "init_std", "sync_batchnorm"}
+        ),
+        depth=_depth_in_steps("mlp", 1, 1, 8),
+        shape=lambda model: f"{model.depth - 1} hidden layers of {model.width}, and a head",
+        defaults={"depth": 8, "width": 128, "activation": "sigmoid", "norm": "none", "skip": "none", "init": "torch"},
+        values={"skip": ("none", "identity"), "init": ("torch", "normal", "kaiming", "orthogonal")},
     ),
 }
 
