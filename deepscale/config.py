@@ -243,6 +243,12 @@ class ModelConfig(_Checked):
     gradient_normalisation: bool = _switch(False, "in mlp: make the gradient at each hidden layer's output of mean 0 and deviation 1")
     init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; kaiming is He's, torch its default, biases too", _choice(INIT_NAMES))
     init_std: float = _option(0.02, "deviation of --init normal", _real(0.0))
+    sigma_w: float | None = _option(
+        None, "plain network: factor of its weights; none: 1, or with delta-orthogonal ones the critical value", _or("none", _real(0.0), None)
+    )
+    sigma_b: float | None = _option(
+        None, "plain network: deviation of its biases; none: 0, or with delta-orthogonal weights the critical value", _or("none", _real(0.0), None)
+    )
     layerscale_init: float | None | Auto = _option(
         AUTO,
         "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, and 1 with --init fixup; none with other skips",

@@ -35,6 +35,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "gradient_normalisation": ("", True),
     "init": ("orthogonal", "orthogonal"),
     "init_std": ("0.1", 0.1),
+    "sigma_w": ("1.1", 1.1),
+    "sigma_b": ("0", 0.0),
     "layerscale_init": ("1e-6", 1e-6),
     "layerscale_shape": ("channel", "channel"),
     "drop_path": ("0.1", 0.1),
@@ -101,6 +103,8 @@ NEEDS = {
     "skip_scope": {"model": "vgg"},
     "skip_pairs": {"model": "mlp"},
     "gradient_normalisation": {"model": "mlp"},
+    "sigma_w": {"model": "plain"},
+    "sigma_b": {"model": "plain"},
     "init_layers": {"init_from": "weights"},
 }
 APART = {"model", "init_std", *NEEDS}

@@ -187,6 +187,16 @@ INITS: dict[str, Init] = {
     "deepnorm": deepnorm,
 }
 TRANSPOSED = (paired, mirrored)  # their pwconv2 is their pwconv1, transposed
+# (sigma_w^2, sigma_b^2) at which neither signal nor gradient grows or shrinks with depth in a network of convolutions and activations alone, with
+# weights sigma_w times orthogonal ones: a point of tanh's critical line (Xiao et al., arXiv:1806.05393), and ReLU's only one.
+CRITICAL = {"tanh": (1.05, 2.01e-5), "relu": (2.0, 0.0)}
+
+
+def sigmas(model: ModelConfig) -> tuple[float, float]:
+    """(sigma_w, sigma_b): what weights are multiplied by, and the deviation of the biases."""
+    critical = model.model == "plain" and model.init == "delta-orthogonal"
+    w, b = (math.sqrt(value) for value in (CRITICAL.get(model.activation, (1.0, 0.0)) if critical else (1.0, 0.0)))
+    return w if model.sigma_w is None else model.sigma_w, b if model.sigma_b is None else model.sigma_b
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -226,6 +236,9 @@ def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig, fan_in: in
         parameter.zero_()
         if model.init == "torch" and fan_in is not None:
             parameter.copy_(_uniform(parameter.shape, fan_in, _generator(seed, name)))
+        elif fan_in is not None and (deviation := sigmas(model)[1]):
+            values = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
+            parameter.copy_(values.normal_(0.0, deviation, generator=_generator(seed, name)))
     elif owner.endswith("norm"):
         parameter.fill_(1.0)
     else:
@@ -233,7 +246,9 @@ def fill(parameter: Tensor, name: str, seed: int, model: ModelConfig, fan_in: in
         area = parameter.shape[2:].numel()
         layer = Layer(owner, groups, parameter.shape[0] // groups, parameter[0].numel() // area, area, sum(model.stage_blocks))
         init = functools.partial(normal, std=model.init_std) if model.init == "normal" else INITS[model.init]
-        parameter.copy_(_weights(layer, seed, init).float().reshape(parameter.shape))
+        values = _weights(layer, seed, init)
+        scale = sigmas(model)[0]
+        parameter.copy_((values if scale == 1.0 else scale * values).float().reshape(parameter.shape))
 
 
 def _weights(layer: Layer, seed: int, init: Init) -> Tensor:

@@ -77,6 +77,12 @@ def _mlp(model: "ModelConfig", images: Images, stack_size: StackSize) -> "Networ
     return MLP(model, images)
 
 
+def _plain(model: "ModelConfig", images: Images, stack_size: StackSize) -> "Network":
+    from deepscale.models.plain import Plain
+
+    return Plain(model, classes=images.classes, channels=images.channels)
+
+
 _BLOCK = ("activation", "norm", "norm_scope", "skip", "init", "init_std", "sync_batchnorm")  # what ConvNeXt's blocks are made of
 
 MODELS: dict[str, Kind] = {
@@ -106,6 +112,14 @@ MODELS: dict[str, Kind] = {
         shape=lambda model: f"{model.depth - 1} hidden layers of {model.width}, and a head",
         defaults={"depth": 8, "width": 128, "activation": "sigmoid", "norm": "none", "skip": "none", "init": "torch"},
         values={"skip": ("none", "identity"), "init": ("torch", "normal", "kaiming", "orthogonal")},
+    ),
+    "plain": Kind(
+        build=_plain,
+        settings=frozenset({"depth", "width", "patch_size", "activation", "init", "init_std", "sigma_w", "sigma_b"}),
+        depth=_depth_in_steps("plain", 3, 1, 1000),
+        shape=lambda model: f"stem, {model.built_depth - 2:,} convolutions of width {model.width}, head",
+        defaults={"depth": 100, "width": 16, "patch_size": 4, "activation": "tanh", "init": "delta-orthogonal"},
+        values={"init": ("delta-orthogonal", "orthogonal", "normal", "kaiming", "torch")},
     ),
 }
 
