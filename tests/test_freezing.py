@@ -12,6 +12,7 @@ from conftest import run_ranks
 from torch import Tensor
 
 from deepscale import checkpoints
+from deepscale.cli import main
 from deepscale.config import parse
 from deepscale.errors import UsageError
 from deepscale.models import registry
@@ -121,6 +122,14 @@ def test_a_group_is_added_with_a_new_head_on_frozen_layers(folder: Path, capsys:
     assert loaded == {f"hidden.{i}.linear.{kind}" for i in range(2) for kind in ("weight", "bias")}
     initial = registry.build(parse([*RUN, "--depth", "5"]).model, GREY).initialise(0).state_dict()
     assert [name for name in second if torch.equal(second[name], initial[name])] == []
+
+
+def test_evaluation_reads_the_images_of_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In grey and at 28 pixels: other images would be refused by their digest."""
+    with chdir(folder):
+        main(["evaluate", "first", "--eval-images", "50", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["data"], found["images"]) == ("synthetic, in grey (ITU-R 601), resampled to 28x28 (bilinear)", 50)
 
 
 def test_all_that_fits_is_loaded_where_no_number_of_layers_is_given(folder: Path) -> None:

@@ -10,7 +10,7 @@ from deepscale.errors import UsageError
 from deepscale.machine import measure_machine
 from deepscale.progress import gib, seconds
 from deepscale.studies.row import BEFORE, Job
-from deepscale.studies.study import PREVIOUS, Study
+from deepscale.studies.study import Study
 from deepscale.sweeps import preview
 from deepscale.sweeps.preview import Planned
 from deepscale.sweeps.space import Space, Trial
@@ -49,7 +49,6 @@ def show(study: Study, scale: str, jobs: Sequence[Job], concurrent: int) -> None
 def plan(job: Job, index: int) -> Planned:
     """A phase as the planner expects it."""
     settings = {**BEFORE, **job.phases[index].settings, **job.free}
-    settings = {name: text for name, text in settings.items() if PREVIOUS not in text}
     threads = settings["threads"]
     space = Space(job.key.study, "", {}, {}, {})
     try:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -104,15 +104,17 @@ def _threads(count: int) -> Iterator[None]:
 def _deciding(asked: Config) -> Config:
     """The settings that decide what a step takes; the others at their defaults, so that trials that differ in them are planned once."""
     recipe, data = asked.recipe, asked.data
-    gamma = None if asked.model.gamma_init is None else 1.0
+    own: dict[str, Any] = {"layerscale_init": None if asked.model.gamma_init is None else 1.0} if asked.model.model == "convnext" else {}
     return Config(
-        model=dataclasses.replace(asked.model, layerscale_init=gamma, init="normal"),
+        model=dataclasses.replace(asked.model, **own, init="normal"),
         data=dataclasses.replace(
             DataConfig(),
             dataset=data.dataset,
             data_dir=data.data_dir,
             feed=data.feed,
             batch_size=data.batch_size,
+            grey=data.grey,
+            image_size=data.image_size,
             eval_images=data.eval_images,
             download=False,
         ),
@@ -128,7 +130,8 @@ def _images(data: DataConfig) -> Images:
         info = load_source(data, lambda text: None).info
         return Images(info.train_images, info.validation_images, info.test_images, info.channels, info.image_size, info.classes)
     train, validation, test, channels = IMAGES["cifar10" if data.dataset == AUTO else data.dataset]
-    return Images(train, validation, test, channels, 32, 100 if data.dataset == "cifar100" else 10)
+    side = 32 if data.image_size == AUTO else int(data.image_size)
+    return Images(train, validation, test, 1 if data.grey else channels, side, 100 if data.dataset == "cifar100" else 10)
 
 
 @functools.lru_cache
