@@ -120,8 +120,8 @@ STUDY = Study(
     cases=tuple(Case(name, {"policies": policy}, {LAYERS: PUBLISHED_LAYERS} if policy == PLAIN else {}, compute=measure)
                 for policy, name in POLICIES.items()),
     scales={
-        SMOKE: Scale({"memory": "1200MiB", "width": "8", "batch_size": "64", "tolerance": "50", "threads": "1"}, cases=(POLICIES["keep"],),
-                     note="1,200 MiB, width 8, a coarse search, one policy"),
+        SMOKE: Scale({"file": "depth.json", "memory": "1200MiB", "width": "8", "tolerance": "50", "threads": "1"}, cases=(POLICIES["keep"],),
+                     note="one policy of the stored measurements, or where there are none of a coarse search within 1,200 MiB"),
         CPU: Scale({"file": "depth.json", "memory": "4GiB", "threads": "1"},
                    note="4 GiB of a CPU's memory instead of 24 GB of a GPU's, width 16, float32; the measurements stored by deepscale bench depth"),
         FULL: Scale({"file": "depth-gpu.json", "memory": "24GB", "width": "64", "device": "cuda"}, note="the original's sizes, on a GPU"),

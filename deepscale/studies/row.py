@@ -6,11 +6,12 @@ FOLDER/depth/cpu_26_layers_seed=0/
     lock                     held while the row runs
 """
 
-import ctypes
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from deepscale.studies.study import PREVIOUS, Case, Converged, Measured, Phase, 
 from deepscale.sweeps import rows, values
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, OUT_OF_MEMORY
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RECORDS, LAYERS = 6, 100  # of a profile: records from the first to the last, and points of each against depth
 TAGS = ("study", "scale", "case", "seed", "row", "phase")
 SECONDS = "perf/seconds"
@@ -94,7 +94,7 @@ class Job:
 def become(output: Path, environment: Mapping[str, str], main: Callable[..., None], given: Any) -> NoReturn:
     """This process, just started, as a row's: its output goes into a file, Ctrl-C reaches the study alone, and it ends when the study does."""
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
     for name in [name for name in os.environ if name not in environment]:
         del os.environ[name]
     os.environ.update(environment)
@@ -105,6 +105,14 @@ def become(output: Path, environment: Mapping[str, str], main: Callable[..., Non
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["deepscale", *(given if isinstance(given, list) else ())]
     stop.program(lambda _: main(given))
+
+
+def _end_with_the_study() -> None:
+    """However it ends: a training then keeps a checkpoint."""
+    study = multiprocessing.parent_process()
+    if study is not None:
+        study.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(arguments: list[str]) -> None:

@@ -140,13 +140,11 @@ class Runner:
         job.folder.mkdir(parents=True, exist_ok=True)
         lock, slot, begin = FileLock(job.folder / "lock"), self.slots.get(), time.monotonic()
         try:
-            lock.acquire(timeout=0)
+            with lock.acquire(timeout=0):
+                end = self._run(job, slot)
         except Timeout:
-            return End(job, ELSEWHERE, "another process trains it")
-        try:
-            end = self._run(job, slot)
+            end = End(job, ELSEWHERE, f"another process trains it, in {job.folder}")
         finally:
-            lock.release()
             self.slots.put(slot)
         with self.lock:
             self.count += 1
