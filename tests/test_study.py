@@ -321,6 +321,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
         (["depth", "--lr", "1"], "--lr is the study's to say"),
         (["depth", "--scale", "large"], "invalid choice: 'large'"),
         (["depth", "--seeds", "1,x"], "'1,x' is no list of seeds"),
+        (["depth", "--page", "--rows", "."], "depth holds no rows of cpu scale; leave --page out to run them"),
         (["layerscale", "--rows", "."], "layerscale-110 holds no rows yet: .* type python tune/sweep.py tune/spaces/layerscale.yaml"),
     ],
 )

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from deepscale.config import parse_count
 from deepscale.errors import UsageError
 from deepscale.paths import relative_to_here
 from deepscale.studies import stored
-from deepscale.studies.study import CPU, FULL, SCALES, SMOKE, Study, load, names
+from deepscale.studies.study import CPU, FULL, SCALES, SMOKE, Results, Study, load, names
 from deepscale.sweeps import values
 
 LIST = "list"
@@ -25,35 +24,50 @@ def main(arguments: list[str]) -> None:
     if given.name in (None, LIST):
         print(listing())
         return
-    study, scale, free = load(given.name), given.scale, _free(typed)
-    study.scale(scale)
+    study, free = load(given.name), _free(typed)
+    study.scale(given.scale)
     if given.only is not None:
         study.case(given.only)
-    rows = given.rows or (Path("studies") / "smoke" if scale == SMOKE else stored.results_folder())
-    found = stored.read(study, scale, rows / study.name, rows if given.rows else None)
+    rows = given.rows or (Path("studies") / "smoke" if given.scale == SMOKE else stored.results_folder())
+    place = rows / study.name
+    failures = [] if given.page else _run_missing(given, study, free, place)
+    if not given.dry_run:
+        _write_page(given, stored.read(study, given.scale, place, given.rows), place)
+        _raise(failures)
+
+
+def _run_missing(given: Any, study: Study, free: dict[str, str], place: Path) -> list[Any]:
+    """Runs the rows that are not there, or says what they would take; those without a result. place: the folder of the rows."""
     from deepscale.studies.runner import missing
 
-    jobs = missing(study, scale, found, given.folder, rows / study.name, given.seeds or (), given.only, free)
+    scale, found = given.scale, stored.read(study, given.scale, place, given.rows)
+    jobs = missing(study, scale, found, given.folder, place, given.seeds or (), given.only, free)
+    concurrent = given.concurrent or _concurrent(free)
     if jobs and (given.dry_run or scale == FULL):
         from deepscale.studies import cost
 
-        cost.show(study, scale, jobs, given.concurrent or _concurrent(free))
+        cost.show(study, scale, jobs, concurrent)
     if given.dry_run:
-        print(_done(study, scale, len(jobs), len(found.rows)))
-        return
+        done = len(found.rows)
+        print(f"{study.name}, {scale} scale: {done:,} {'row is' if done == 1 else 'rows are'} there, {len(jobs):,} to run")
+        return []
     if jobs and scale == FULL and not given.yes:
         _ask(study)
-    failures = list(_run(study, scale, jobs, given.concurrent or _concurrent(free)))
-    found = stored.read(study, scale, rows / study.name, rows if given.rows else None)
-    from deepscale.studies import page
+    return _run(study, scale, jobs, concurrent) if jobs else []
 
-    if found.rows:
-        print(page.write(found, given.out or Path("studies") / study.name, rows / study.name))
-    source = study.scale(scale).sweep
+
+def _write_page(given: Any, found: Results, place: Path) -> None:
+    """The page of the rows that are there. Raises UsageError where there are none, and none were to be run."""
+    study, source = found.study, found.study.scale(found.scale).sweep
     if source is not None and not found.rows:
-        todo = "; ".join(source.commands)
-        raise UsageError(f"{relative_to_here(rows / source.folder)} holds no rows yet: the study {study.name} reads those of a sweep; type {todo}")
-    _raise(failures)
+        where, todo = relative_to_here(place.parent / source.folder), "; ".join(source.commands)
+        raise UsageError(f"{where} holds no rows yet: the study {study.name} reads those of a sweep; type {todo}")
+    if given.page and not found.rows:
+        raise UsageError(f"{relative_to_here(place)} holds no rows of {found.scale} scale; leave --page out to run them")
+    if found.rows:
+        from deepscale.studies import page
+
+        print(page.write(found, given.out or Path("studies") / study.name, place))
 
 
 def listing() -> str:
@@ -85,6 +99,7 @@ def _parser() -> Any:
     parser.add_argument("--folder", type=Path, default=Path("studies"), help="where rows are trained, with their checkpoints (default: studies)")
     parser.add_argument("--concurrent", type=parse_count, metavar="N", help="rows at a time (default: one for each core, or each GPU)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and what it takes; run nothing")
+    parser.add_argument("--page", action="store_true", help="write the page of the rows that are there; run nothing")
     parser.add_argument("--yes", action="store_true", help=f"start {FULL} scale without asking")
     return parser
 
@@ -122,10 +137,6 @@ def _concurrent(free: dict[str, str]) -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(threads)) if threads.isdigit() else 1
 
 
-def _done(study: Study, scale: str, left: int, done: int) -> str:
-    return f"{study.name}, {scale} scale: {done:,} {'row is' if done == 1 else 'rows are'} there, {left:,} to run"
-
-
 def _ask(study: Study) -> None:
     """Raises UsageError where nobody says yes."""
     if sys.stdin.isatty() and input("start? type yes: ").strip().lower() in ("y", "yes"):
@@ -133,20 +144,17 @@ def _ask(study: Study) -> None:
     raise UsageError(f"nothing was started; type deepscale study {study.name} --scale {FULL} --yes to start it")
 
 
-def _run(study: Study, scale: str, jobs: list[Any], concurrent: int) -> Iterator[Any]:
-    """The rows without a result."""
+def _run(study: Study, scale: str, jobs: list[Any], concurrent: int) -> list[Any]:
+    """The rows without a result. Raises Interrupted for a wish to end."""
     from deepscale.studies.runner import Runner
     from deepscale.sweeps.tags import ENDED
 
-    if not jobs:
-        return
     print(f"{study.name}, {scale} scale: {len(jobs):,} rows to run, {min(concurrent, len(jobs))} at a time", flush=True)
     runner = Runner(jobs, concurrent, lambda text: print(f"{study.name}: {text}", flush=True))
-    ends = runner()
-    yield from (end for end in ends if end.outcome not in ENDED)
+    left = [end for end in runner() if end.outcome not in ENDED]
     if runner.code:
-        left = sum(end.outcome not in ENDED for end in ends)
-        raise errors.Interrupted(f"{left:,} of {len(jobs):,} rows are left; type the same to go on", runner.code)
+        raise errors.Interrupted(f"{len(left):,} of {len(jobs):,} rows are left; type the same to go on", runner.code)
+    return left
 
 
 def _raise(failures: list[Any]) -> None:

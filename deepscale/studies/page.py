@@ -128,7 +128,7 @@ def amount(value: float) -> str:
     """
     if not math.isfinite(value):
         return "infinite"
-    if value == round(value) and abs(value) < 1e7:
+    if value == round(value) and abs(value) < 1e10:
         return f"{value:,.0f}"
     return re.sub(r"e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.3g}" if abs(value) >= 1e5 else rate(value))
 
@@ -207,5 +207,6 @@ def _listed(seeds: tuple[int, ...]) -> str:
 
 
 def _folder(found: Results, rows: Path) -> Path:
-    source = found.study.scale(found.scale).sweep
-    return rows if source is None else rows.parent / source.folder
+    """Where the files of the rows lie: those of a sweep in its own folder."""
+    path = next((row.path for row in found.rows), None)
+    return path.parent if path is not None else rows

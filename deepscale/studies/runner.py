@@ -60,7 +60,7 @@ def missing(
     if own.sweep is not None:
         return []
     done = {(name, one.seed) for name, group in found.groups.items() for one in group.rows}
-    wanted = [(case, seed) for i, seed in enumerate(seeds or own.seeds) for case in cases if not (i and case.name in own.once)]
+    wanted = [(case, seed) for i, seed in enumerate(seeds or own.seeds) for case in cases if only or not (i and case.name in own.once)]
     jobs = [_job(study, scale, case, seed, folder, files, free or {}) for case, seed in wanted if (case.name, seed) not in done]
     for job in jobs:
         for i, phase in enumerate(job.phases):
