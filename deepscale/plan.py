@@ -257,7 +257,7 @@ def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | N
     else:
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")
     zero = "plain torch" if engine.engine == "torch" else f"ZeRO {engine.zero}" + (", offload to the CPU" if engine.offload == "cpu" else "")
-    how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {KEPT[engine.activations]}"
+    how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {registry.MODELS[model.model].kept or KEPT[engine.activations]}"
     if model.model != "convnext":
         how += "; counted, not calibrated"
     if machine.device == "cpu":

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from deepscale.config import ACTIVATION_NAMES, ModelConfig, parse
 from deepscale.errors import UsageError
 from deepscale.gradflow import Recorder
+from deepscale.gradflow.flow import read
 from deepscale.gradflow.jacobian import singular_values
 from deepscale.models.components import ACTIVATIONS, Activation
 from deepscale.models.convnext import cross_entropy
@@ -23,6 +25,7 @@ from deepscale.models.observe import BlockObserver
 from deepscale.models.plain import LayerStack, Plain, UnstackedPlain
 from deepscale.models.registry import MODELS
 from deepscale.models.stack import Keeping
+from deepscale.train import main
 
 
 def config(**settings: object) -> ModelConfig:
@@ -242,3 +245,17 @@ def test_settings_that_it_does_not_know_are_refused() -> None:
         with pytest.raises(UsageError, match="--model plain"):
             parse(["--model", "plain", *typed])
     assert parse(["--model", "plain", "--depth", "10_000"]).model.built_depth == 10_000
+
+
+def test_it_is_planned_and_trained_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 layers by train.py: what is built is said, and every layer's gradient is in the record."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    arguments = "--model plain --depth 40 --width 4 --patch-size 8 --dataset synthetic --feed tensors --batch-size 16 --max-steps 2 --eval-images 20"
+    main([*arguments.split(), "--engine", "torch", "--threads", "1", "--record-every", "1"])
+    said = capsys.readouterr()
+    assert f"40 layers: stem, 38 convolutions of width 4, head, {3 * 64 * 4 + 4 + 38 * (4 * 36 + 4) + 50:,} parameters" in said.out + said.err
+    assert "a stack's input kept, its layers recomputed" in said.out + said.err
+    (record,) = tmp_path.rglob("gradflow.npz")
+    flow = read(record)
+    assert len(flow.layer_names) == 40 and (flow.mean_abs > 0).all()

@@ -34,6 +34,7 @@ class Kind:
     build: makes it, without values yet. settings: those of ModelConfig that it knows beside `model`; another one is refused. defaults: of
     these where they are not ModelConfig's. values: what a setting can be here, where that is less than ModelConfig allows. depth: layers of
     the smallest network with at least so many; raises UsageError. shape: its size in words, for the summary.
+    kept: what it keeps for backward, in words, where that is its own and no --activations.
     """
 
     build: Callable[["ModelConfig", Images, StackSize], "Network"]
@@ -42,6 +43,7 @@ class Kind:
     shape: Callable[["ModelConfig"], str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    kept: str = ""
 
 
 def _depth_in_steps(name: str, first: int, step: int, example: int) -> Callable[[int], int]:
@@ -120,6 +122,7 @@ MODELS: dict[str, Kind] = {
         shape=lambda model: f"stem, {model.built_depth - 2:,} convolutions of width {model.width}, head",
         defaults={"depth": 100, "width": 16, "patch_size": 4, "activation": "tanh", "init": "delta-orthogonal"},
         values={"init": ("delta-orthogonal", "orthogonal", "normal", "kaiming", "torch")},
+        kept="a stack's input kept, its layers recomputed",
     ),
 }
 
