@@ -256,6 +256,6 @@ def test_it_is_planned_and_trained_as_typed(tmp_path: Path, monkeypatch: pytest.
     said = capsys.readouterr()
     assert f"40 layers: stem, 38 convolutions of width 4, head, {3 * 64 * 4 + 4 + 38 * (4 * 36 + 4) + 50:,} parameters" in said.out + said.err
     assert "a stack's input kept, its layers recomputed" in said.out + said.err
-    (record,) = tmp_path.rglob("gradflow.npz")
+    (record,) = (tmp_path / "runs").rglob("gradflow.npz")
     flow = read(record)
     assert len(flow.layer_names) == 40 and (flow.mean_abs > 0).all()
