@@ -1,11 +1,22 @@
 """Stochastic depth at 1,004 layers: what dropping blocks saves in time, and what it does to accuracy."""
 
+import statistics
+import time
+
+import torch
+
+from deepscale import config, kernel
 from deepscale.bench.report import number
+from deepscale.engine import TorchEngine
+from deepscale.models.convnext import ConvNeXt, cross_entropy, use_kernel
 from deepscale.studies import figures
-from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
+from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Measured, Results, Scale, Settings, Study
+from deepscale.sweeps import values
+from deepscale.world import World
 
 ACCURACY, STEP = "val/accuracy", "perf/step_s median"
 NONE, DEPTH = "no dropping", "1004"
+TIMED, ROUNDS = "time of a step, in turn", 9
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 IMAGES = (0.2, 0.5)
 SAVED = 0.8  # of the time that the dropped blocks would take, at least
@@ -23,8 +34,39 @@ def images(rate: float) -> str:
     return f"images, rate {rate:g}"
 
 
+def dropping(case: str, rate: float) -> Settings:
+    """What is typed for a case."""
+    return {"drop_path": f"{rate:g}", "drop_path_mode": "batch" if case == blocks(rate) else "sample"}
+
+
+def time_in_turn(settings: Settings, seed: int) -> Measured:
+    """CPU seconds of one thread for a step of each case, on random images: all cases in turn, so that what else the machine does meets all alike."""
+    torch.manual_seed(seed)
+    place = World(0, 1, 0, 1, torch.device("cpu"))
+    engines = {}
+    for case in CASES:
+        typed = [word for name, text in {**settings, **case.settings}.items() for word in values.arguments(name, text)]
+        asked = kernel.choose(config.parse([*typed, "--device", "cpu", "--precision", "fp32"]), place, print, print)
+        model = ConvNeXt(asked.model).initialise(seed)
+        use_kernel(model, str(asked.engine.kernel))
+        engines[case.name] = TorchEngine(model, asked, place)
+    batch = int(settings["batch_size"])
+    images, labels = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(ROUNDS):
+        for name, engine in engines.items():
+            begin = time.process_time()
+            engine.backward(cross_entropy(engine.forward(images, True), labels), True)
+            engine.step()
+            seconds[name].append(time.process_time() - begin)
+    own = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first one allocates
+    return Measured({f"{name}: s": value for name, value in own.items()} | {f"{name}: share": value / own[NONE] for name, value in own.items()})
+
+
 def share(found: Results, case: str) -> float | None:
-    """Time of a step over that without dropping."""
+    """Time of a step over that without dropping: measured in turn, or else in the trainings."""
+    if (measured := found.mean(TIMED, f"{case}: share")) is not None:
+        return measured
     whole, own = found.mean(NONE, STEP), found.mean(case, STEP)
     return None if whole is None or own is None else own / whole
 
@@ -62,17 +104,19 @@ def _accuracies(found: Results) -> str:
     return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items())
 
 
+CASES = (
+    Case(NONE, {"drop_path": "0"}),
+    *(Case(blocks(rate), dropping(blocks(rate), rate)) for rate in RATES),
+    *(Case(images(rate), dropping(images(rate), rate)) for rate in IMAGES),
+)
+
 STUDY = Study(
     name="dropped",
     title="Stochastic depth at 1,004 layers",
     question="What does dropping blocks while training save in time, and what does it do to accuracy?",
     source="Huang et al. 2016 (arXiv:1603.09382): a block is dropped for the whole mini-batch, the last with probability 0.5; 1,202 layers reach "
     "4.91 % error on CIFAR-10 in 500 epochs",
-    cases=(
-        Case(NONE, {"drop_path": "0"}),
-        *(Case(blocks(rate), {"drop_path": str(rate), "drop_path_mode": "batch"}) for rate in RATES),
-        *(Case(images(rate), {"drop_path": str(rate), "drop_path_mode": "sample"}) for rate in IMAGES),
-    ),
+    cases=(*CASES, Case(TIMED, compute=time_in_turn)),
     scales={
         SMOKE: Scale(
             {
@@ -91,6 +135,7 @@ STUDY = Study(
         FULL: Scale(
             {**RECIPE, "width": "64", "patch_size": "1", "batch_size": "64", "lr": "1e-3", "epochs": "100", "color_jitter": "0.2",
              "precision": "bf16"},
+            cases=tuple(case.name for case in CASES),
             seeds=(0, 1, 2),
             note="the first study's network and recipe",
         ),

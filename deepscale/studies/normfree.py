@@ -93,9 +93,9 @@ def _fails(found: Results) -> bool | None:
 CASES = tuple(
     Case(name, {"norm": "none", **settings, "depth": str(depth), **extra})
     for name_of, depth, extra in (
+        (at_init, DEEPEST, AT_INIT),
         (lambda method: trained(method, SHALLOW), SHALLOW, {}),
         (lambda method: trained(method, DEEP), DEEP, {}),
-        (at_init, DEEPEST, AT_INIT),
     )
     for method, settings in METHODS.items()
     for name in (name_of(method),)
