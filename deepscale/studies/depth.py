@@ -114,7 +114,7 @@ STUDY = Study(
         Figure("curves", "Loss, validation accuracy and the first layer's gradient while the networks train: mean over the seeds, bands of one "
                "standard deviation.", figures.curves("train/loss", "val/accuracy", GRADIENT)),
         Figure("gradient", "The gradient at the block outputs against depth, at the first and at the last step, seed 0.",
-               figures.against_depth("output_grad_l2", relative=True), first=True),
+               figures.against_depth("output_grad_l2", relative=True)),
     ),
     notes=(
         "Gamma begins at 0, as in the published code: at the first step every block is closed, so that networks of all depths compute the same, "

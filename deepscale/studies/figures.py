@@ -87,7 +87,7 @@ def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cas
         drawing.save(figure, path)
         return True
 
-    return draw
+    return _of_one(draw)
 
 
 def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
@@ -113,6 +113,16 @@ def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
         drawing.save(figure, path)
         return True
 
+    return _of_one(draw)
+
+
+def shows_one(draw: Draw) -> bool:
+    """Whether a figure shows the first row of each case alone, not all seeds."""
+    return bool(getattr(draw, "one", False))
+
+
+def _of_one(draw: Draw) -> Draw:
+    draw.one = True  # type: ignore[attr-defined]
     return draw
 
 

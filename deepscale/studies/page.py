@@ -12,6 +12,7 @@ from typing import Any
 from deepscale.bench.report import markdown
 from deepscale.files import atomic
 from deepscale.progress import rate, seconds
+from deepscale.studies import figures
 from deepscale.studies.study import CPU, Figure, Group, Results
 from deepscale.sweeps.results import counted
 from deepscale.sweeps.table import form_of
@@ -44,8 +45,8 @@ def name_of(found: Results) -> str:
     return found.study.name if found.scale == CPU else f"{found.study.name}-{found.scale}"
 
 
-def text(found: Results, figures: Iterable[tuple[str, str]], rows: str) -> Iterator[str]:
-    """The page's lines. figures: (file, caption). rows: the folder of the files, as the page links to it."""
+def text(found: Results, drawn: Iterable[tuple[str, str]], rows: str) -> Iterator[str]:
+    """The page's lines. drawn: (file, caption). rows: the folder of the files, as the page links to it."""
     study, scale = found.study, found.study.scale(found.scale)
     yield from (f"# {study.title}", "", study.question, "", f"The published study: {study.source}.", "")
     if scale.note:
@@ -60,7 +61,7 @@ def text(found: Results, figures: Iterable[tuple[str, str]], rows: str) -> Itera
         said = note if isinstance(note, str) else note(found)
         if said:
             yield from (said, "")
-    for file, caption in figures:
+    for file, caption in drawn:
         yield from (f"![{caption}]({file})", "", f"*{caption}*", "")
     yield from ("## Where the numbers come from", "", *(f"- {line}" for line in origin(found, rows)))
 
@@ -182,7 +183,7 @@ def _about_table(found: Results) -> str:
 def _rows_drawn(found: Results, figure: Figure) -> str:
     """How many trainings of a case a figure shows."""
     count = max((len(group.rows) for group in found.groups.values() if group.case.compute is None), default=0)
-    return f" (n = {1 if figure.first else count})" if count else ""
+    return f" (n = {1 if figures.shows_one(figure.draw) else count})" if count else ""
 
 
 def _converged(group: Group) -> str:

@@ -219,15 +219,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture. draw writes it as PNG and returns False where these rows have nothing to show. figures.py has the usual ones.
-
-    first: it shows the first row of each case alone, not all seeds.
-    """
+    """A picture. draw writes it as PNG and returns False where these rows have nothing to show. figures.py has the usual ones."""
 
     name: str
     caption: str
     draw: Callable[[Results, Path], bool]
-    first: bool = False
 
 
 @dataclass(frozen=True)
