@@ -20,7 +20,7 @@ from conftest import REPOSITORY, end_group
 from jobs import TINY, clean_environment
 
 from deepscale.errors import UsageError
-from deepscale.sweeps import driver, search
+from deepscale.sweeps import command, driver, search
 from deepscale.sweeps.driver import Asked, Resources
 from deepscale.sweeps.space import Space, Trial
 from deepscale.sweeps.values import Range
@@ -136,10 +136,10 @@ def test_a_sweep_of_four_trials(tmp_path: Path) -> None:
     )
 
 
-def test_a_sweep_that_is_interrupted_and_killed_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_that_is_interrupted_and_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C ends every training with a checkpoint; kill -9 too. What has ended is not trained again, and ASHA knows it: it stops the worst."""
     (tmp_path / "asha.yaml").write_text(
-        "question: who is stopped?\ngrid: {lr: [1e-7, 1e-2, 1e-8]}\nfixed: {max_steps: 900, eval_every: 100}\n"
+        "question: who is stopped?\ngrid: {lr: [1e-7, 1e-2, 1e-8]}\nfixed: {max_steps: 300, eval_every: 30}\n"
         "metric: val/loss\nmode: min\nscheduler: asha\n"
     )
     words = ["asha.yaml", *TINY, "--engine", "torch", "--concurrent", "1", "--checkpoint-every", "10m"]
@@ -167,11 +167,12 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on(tmp_path: Path) -> None:
     assert ends(found) == ["finished", "finished", "stopped_early"]
     assert [run.info.status for _, run in sorted(found.items())] == ["FINISHED", "FINISHED", "KILLED"]
     reader = Reader(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert [[step for step, _ in reader.history(found[number], "val/loss")] for number in (1, 2)] == [list(range(100, 1000, 100))] * 2
-    with sweeping(tmp_path, *words) as sweep:
-        assert sweep.end() == 2 and "there is a sweep asha already" in sweep.text()
-    with sweeping(tmp_path, *words, "--resume", "--max-steps", "30") as sweep:
-        assert sweep.end() == 2 and "was begun with another fixed" in sweep.text()
+    assert [[step for step, _ in reader.history(found[number], "val/loss")] for number in (1, 2)] == [list(range(30, 330, 30))] * 2
+    monkeypatch.chdir(tmp_path)
+    for again, sentence in ((words, "there is a sweep asha already"), ([*words, "--resume", "--max-steps", "60"], "was begun with another fixed")):
+        with pytest.raises(SystemExit) as refused:
+            command.main(again)
+        assert refused.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_a_trial_of_two_ranks_on_two_nodes(tmp_path: Path) -> None:
@@ -244,10 +245,8 @@ def test_what_does_not_fit_is_refused(asked: Asked, words: str) -> None:
 def test_bad_input_is_refused_before_anything_starts(
     words: Sequence[str], sentence: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from deepscale.sweeps.command import main
-
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        command.main(words)
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not list(in_tmp_path.iterdir())
