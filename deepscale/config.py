@@ -199,6 +199,7 @@ def _switch(default: bool | Auto, text: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------- settings
 
 MODEL_NAMES = tuple(registry.MODELS)
+OPTIMIZER_NAMES = ("adamw", "adam", "sgd")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")  # ConvNeXt's
 ALL_NORM_NAMES = (*NORM_NAMES, "tensornorm")
@@ -316,6 +317,7 @@ class DataConfig(_Checked):
     data_dir: str = _option("data", "folder of the data sets; an image folder holds {train,test}/<class>/*")
     download: bool = _switch(True, "download a missing data set")
     feed: str = _option(AUTO, "what feeds the images: ffcv, tensors (in memory), or auto", _choice(("auto", "ffcv", "tensors")))
+    synthetic_classes: int = _option(10, "classes of the synthetic data set", _integer(2, 1000))
     batch_size: int | Auto = _option(AUTO, "images per optimiser step over all ranks; auto: 64 where time allows", _auto(_integer(1)))
     grey: bool = _switch(False, "images in grey: ITU-R 601 luma, one channel")
     image_size: int | Auto = _option(
@@ -335,12 +337,18 @@ class DataConfig(_Checked):
 class RecipeConfig(_Checked):
     """Optimiser, schedule and length."""
 
-    lr: float = _option(1e-3, "peak learning rate of AdamW", _real(0.0))
-    weight_decay: float = _option(0.01, "decoupled weight decay of convolution and linear weights", _real(0.0))
-    beta1: float = _option(0.9, "AdamW's beta1; the onecycle schedule cycles it 0.95 -> 0.85 -> 0.95", _real(0.0, 0.9999))
-    beta2: float = _option(0.999, "AdamW's beta2", _real(0.0, 0.99999))
-    eps: float = _option(1e-8, "AdamW's epsilon", _real(0.0))
+    optimizer: str = _option("adamw", f"what steps the weights: {', '.join(OPTIMIZER_NAMES)}", _choice(OPTIMIZER_NAMES))
+    lr: float = _option(1e-3, "peak learning rate", _real(0.0))
+    weight_decay: float = _option(
+        0.01, "weight decay of convolution and linear weights: decoupled with adamw, added to the gradient with adam and sgd", _real(0.0)
+    )
+    beta1: float = _option(0.9, "Adam's beta1; the onecycle schedule cycles it 0.95 -> 0.85 -> 0.95", _real(0.0, 0.9999))
+    beta2: float = _option(0.999, "Adam's beta2", _real(0.0, 0.99999))
+    eps: float = _option(1e-8, "Adam's epsilon", _real(0.0))
+    momentum: float = _option(0.0, "momentum of --optimizer sgd; above 0 the onecycle schedule cycles it like beta1", _real(0.0, 0.9999))
     schedule: str = _option("onecycle", "learning rate over the run: onecycle, cosine, constant", _choice(("onecycle", "cosine", "constant")))
+    schedule_every: str = _option("step", "how often the schedule moves: every step, or every epoch", _choice(("step", "epoch")))
+    min_lr: float = _option(0.0, "learning rate at which --schedule cosine ends", _real(0.0))
     clip: float = _option(5.0, "largest global gradient norm; 0 switches clipping off", _real(0.0))
     accumulation: int = _option(1, "micro batches per optimiser step", _integer(1))
     epochs: int = _option(100, "passes over the training images", _integer(1))
@@ -351,6 +359,15 @@ class RecipeConfig(_Checked):
     eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(_integer(1)))
     freeze: int = _option(0, "layers, from the first on, that are not trained", _integer(0))
     seed: int = _option(0, "initial values, data order and augmentation", _integer(0, 2**31 - 1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum and self.optimizer != "sgd":
+            raise UsageError(f"--momentum {self.momentum:g} is for --optimizer sgd, and --optimizer {self.optimizer} was given; leave --momentum out")
+        if self.min_lr and self.schedule != "cosine":
+            raise UsageError(f"--min-lr {self.min_lr:g} is for --schedule cosine, and --schedule {self.schedule} was given; leave --min-lr out")
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}, where the schedule begins; type a lower --min-lr")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,8 @@ def stage_and_offload(config: Config) -> tuple[int | str, str]:
         if own_offload != AUTO and offload not in (AUTO, own_offload):
             raise UsageError(f"{path} offloads to {own_offload}, the command says --offload {offload}; leave --offload out or change the file")
         stage, offload = own_stage, (own_offload if own_offload != AUTO else offload)
+    if offload == "cpu" and config.recipe.optimizer == "sgd":
+        raise UsageError("--offload cpu is for --optimizer adamw or adam, which DeepSpeed steps on the CPU, and sgd was given; type --offload none")
     if stage == 0 and offload == "cpu":
         raise UsageError("--offload cpu needs ZeRO stage 1, 2 or 3, and stage 0 was given; type --zero 2")
     return stage, offload

@@ -8,35 +8,44 @@ from torch.optim import Optimizer
 
 
 class Held(NamedTuple):
-    """What this rank holds of a parameter: elements `start` and following of its flat master weight and of Adam's two moments, float32 (k,).
+    """What this rank holds of a parameter: elements `start` and following of its flat master weight and of what the optimiser remembers of
+    it (`kinds_of`), float32 (k,).
 
     `forward` is what forward passes read, (start, elements), where that is other memory. `everywhere`: every rank holds the same.
     """
 
     start: int
     weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: dict[str, Tensor]
     forward: tuple[int, Tensor] | None = None
     everywhere: bool = False
 
 
-def moments(optimizer: Optimizer, master: Tensor) -> tuple[Tensor, Tensor]:
-    """Adam's moments of the tensor that it steps, flat; made here where no step has made them yet."""
-    state = optimizer.state[master]
-    if not state:
+def kinds_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """What the optimiser remembers of every weight: Adam its two moments, SGD what has momentum."""
+    if "betas" in optimizer.defaults:
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if optimizer.defaults.get("momentum") else ()
+
+
+def moments(optimizer: Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """What the optimiser remembers of the tensor that it steps, flat; made here where no step has made it yet."""
+    state, kinds = optimizer.state[master], kinds_of(optimizer)
+    if "exp_avg" in kinds and not state:
         if type(optimizer).__name__ == "DeepSpeedCPUAdam":
             state["step"] = 0
         else:  # torch's fused step counts on the device
             fused = bool(optimizer.defaults.get("fused"))
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
-        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(master, requires_grad=False) for _ in range(2))
-    return state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+    for kind in kinds:
+        if state.get(kind) is None:  # a momentum of 0 gives the same first step as none
+            state[kind] = torch.zeros_like(master, requires_grad=False)
+    return {kind: state[kind].view(-1) for kind in kinds}
 
 
 def steps_of(optimizer: Optimizer) -> int:
-    """Steps that Adam has counted: those whose gradients did not overflow."""
-    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+    """Steps that Adam has counted: those whose gradients did not overflow. 0 for what does not count."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def set_steps(optimizer: Optimizer, steps: int) -> None:
@@ -44,31 +53,31 @@ def set_steps(optimizer: Optimizer, steps: int) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(steps)
-        elif state:
+        elif "step" in state:
             state["step"] = steps
 
 
 def replicated(parameter: nn.Parameter, optimizer: Optimizer) -> Held:
     """A parameter that every rank holds whole, with its moments."""
     weight = parameter.detach().view(-1)
-    exp_avg, exp_avg_sq = moments(optimizer, parameter) if parameter.requires_grad else _none(weight)
-    return Held(0, weight, exp_avg, exp_avg_sq, everywhere=True)
+    own = moments(optimizer, parameter) if parameter.requires_grad else _frozen(weight, optimizer)
+    return Held(0, weight, own, everywhere=True)
 
 
-def _none(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _frozen(weight: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
     """A frozen parameter's moments."""
-    return torch.zeros_like(weight), torch.zeros_like(weight)
+    return {kind: torch.zeros_like(weight) for kind in kinds_of(optimizer)}
 
 
 def zero12(parameter: Any, zero: Any) -> Held:
     """The fragment of a parameter whose optimiser state ZeRO 1 or 2 (`zero`) has put on this rank; forward passes read the whole parameter."""
     whole, mapping = parameter.detach().view(-1), parameter._hp_mapping
     if mapping is None:
-        return Held(0, whole[:0], whole[:0], whole[:0], (0, whole))
+        return Held(0, whole[:0], dict.fromkeys(kinds_of(zero.optimizer), whole[:0]), (0, whole))
     master = zero.single_partition_of_fp32_groups[mapping.param_group_index]
     place = mapping.hp_fragment_address
-    weight, exp_avg, exp_avg_sq = (t.detach().narrow(0, place.start, place.numel) for t in (master, *moments(zero.optimizer, master)))
-    return Held(mapping.lp_fragment_address.start, weight, exp_avg, exp_avg_sq, forward=(0, whole))
+    weight, own = _narrowed(zero.optimizer, master, place.start, place.numel)
+    return Held(mapping.lp_fragment_address.start, weight, own, forward=(0, whole))
 
 
 def zero3(parameter: Any, rank: int) -> Held:
@@ -78,8 +87,14 @@ def zero3(parameter: Any, rank: int) -> Held:
     numel = min(piece, parameter.ds_numel - start)
     if not parameter.requires_grad:
         part = parameter.ds_tensor.detach().view(-1)[:numel]
-        return Held(start, part, *_none(part))
+        return Held(start, part, _frozen(part, zero.optimizer))
     group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
     master = zero.fp32_partitioned_groups_flat[group]
-    weight, exp_avg, exp_avg_sq = (t.detach().narrow(0, offset, numel) for t in (master, *moments(zero.optimizer, master)))
-    return Held(start, weight, exp_avg, exp_avg_sq, forward=(start, parameter.ds_tensor.detach().view(-1)[:numel]))
+    weight, own = _narrowed(zero.optimizer, master, offset, numel)
+    return Held(start, weight, own, forward=(start, parameter.ds_tensor.detach().view(-1)[:numel]))
+
+
+def _narrowed(optimizer: Optimizer, master: Tensor, start: int, numel: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A part of a flat master weight, and of what the optimiser remembers of it."""
+    parts = {kind: moment.detach().narrow(0, start, numel) for kind, moment in moments(optimizer, master).items()}
+    return master.detach().narrow(0, start, numel), parts

@@ -83,7 +83,7 @@ def open_trained(found: Trained, data_dir: str | None = None, device: str = "aut
         data = described["data"]
         asked = Config(model=model.config).replace(
             dataset=data["dataset"], data_dir=data_dir or data["data_dir"], precision=data["precision"],
-            grey=data.get("grey", False), image_size=data.get("image_size", AUTO),
+            grey=data.get("grey", False), image_size=data.get("image_size", AUTO), synthetic_classes=data.get("synthetic_classes", 10),
             engine="torch", device=device, kernel=blocks, download=False,
         )  # fmt: skip
         digest, limit = data["digest"], data["eval_images"]

@@ -145,7 +145,7 @@ class Fit:
             run.progress.total_steps = self.result.planned_steps = steps
             evaluated = run.feeds.validation.images + run.feeds.test.images
             run.tracker.parameters({"resolved_steps": steps, "resolved_eval_every": every, "resolved_eval_images": evaluated})
-            schedule = build_schedule(run.engine.optimizer, recipe, steps)
+            schedule = build_schedule(run.engine.optimizer, recipe, steps, self.epoch_steps)
             for _ in range(min(self.step, steps - 1)):
                 schedule.step()
             while True:

@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> None:
     if given.table:
         print(plan_table.page(asked, given, target, arguments), end="")
         return
+    if given.max_depth and asked.model.model != "convnext":
+        raise UsageError(f"--max-depth is for --model convnext, and --model {asked.model.model} was given; leave --max-depth out")
     cluster = cluster_of(given)
     machine, place = target(asked, given, cluster)
     if not given.max_depth:

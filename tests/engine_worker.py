@@ -20,6 +20,7 @@ from deepscale.checkpoints import gathered_state
 from deepscale.config import IN_SEGMENTS, Config
 from deepscale.engine import build_engine
 from deepscale.loop import train_step
+from deepscale.models import registry
 from deepscale.models.components import commit_running_statistics
 from deepscale.models.convnext import ConvNeXt, cross_entropy
 from deepscale.models.naming import load_plain
@@ -57,8 +58,10 @@ def run(case: Case, place: world.World) -> dict[str, Any]:
     defaults = {"depth": 14, "patch_size": 4, "width": 4, "batch_size": BATCH, "lr": 1e-3}
     defaults |= {"zero": 0, "offload": "none", "precision": "fp32", "activations": "keep"}
     defaults["segment"] = 1 if case["settings"].get("activations") in IN_SEGMENTS else None
-    settings = Config().replace(**{**defaults, **case["settings"]})
-    model = policy_of(settings).apply(ConvNeXt(settings.model, classes=CLASSES, stack_size=2)).initialise(0)
+    chosen = {**defaults, **case["settings"]}
+    unknown = registry.unknown(chosen.get("model", "convnext"))
+    settings = Config().replace(**{name: value for name, value in chosen.items() if name not in unknown})
+    model = policy_of(settings).apply(registry.build(settings.model, registry.Images(classes=CLASSES), 2)).initialise(0)
     engine = build_engine(model, settings, place, case.get("cpu_adam", False))
     schedule = build_schedule(engine.optimizer, settings.recipe, case["steps"])
     losses: list[float] = []

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepscale.checkpoints.stored import KINDS, Checkpoint, Fragments
+from deepscale.checkpoints.stored import Checkpoint, Fragments
 from deepscale.engine import Engine, LossScaleState
-from deepscale.engine_states import set_steps
+from deepscale.engine_states import kinds_of, set_steps
 from deepscale.errors import UsageError
 from deepscale.models.initial import seed_of
 from deepscale.world import World
@@ -34,10 +34,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, engine: Engine, world: Wor
     """
     manifest = checkpoint.manifest
     with Fragments(checkpoint.path, manifest) as fragments:
-        _refuse_another_network(checkpoint, model, fragments)
+        _refuse_another_network(checkpoint, model, engine, fragments)
         for name, parameter in model.named_parameters():
             held = engine.held(parameter)
-            for kind, own in zip(KINDS, (held.weight, held.exp_avg, held.exp_avg_sq), strict=True):
+            for kind, own in {"weight": held.weight, **held.moments}.items():
                 fragments.read_into(kind, name, held.start, own)
             if held.forward is not None:
                 fragments.read_into("weight", name, *held.forward)
@@ -49,7 +49,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, engine: Engine, world: Wor
     engine.restored(None if manifest["loss_scale"] is None else LossScaleState(*manifest["loss_scale"]))
 
 
-def _refuse_another_network(checkpoint: Checkpoint, model: nn.Module, fragments: Fragments) -> None:
+def _refuse_another_network(checkpoint: Checkpoint, model: nn.Module, engine: Engine, fragments: Fragments) -> None:
+    if sorted(fragments.kinds) != sorted(kinds := ["weight", *kinds_of(engine.optimizer)]):
+        before, now = (", ".join(names[1:]) or "nothing" for names in (fragments.kinds, kinds))
+        raise UsageError(f"{checkpoint.path} is another optimiser's: it remembers {before}, and this one {now}; resume with the same --optimizer")
     stored = fragments.shapes | fragments.buffers
     own = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
     own |= {name: buffer.shape for name, buffer in buffers_of(model).items()}

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from deepscale import config, machine
 from deepscale.checkpoints import weights
 from deepscale.checkpoints.restoring import buffers_of, shape_of
-from deepscale.checkpoints.stored import FORMAT, KINDS, step_name
+from deepscale.checkpoints.stored import FORMAT, step_name
 from deepscale.checkpoints.writing import Draft, Writer
 from deepscale.config import Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
-from deepscale.engine_states import steps_of
+from deepscale.engine_states import kinds_of, steps_of
 from deepscale.world import World
 
 COPY_SHARE = 0.5  # of the free host memory that an asynchronous save may take for its copy
@@ -109,6 +109,7 @@ class Saver:
     def _shapes(self) -> dict[str, Any]:
         """What a manifest says of all tensors."""
         return {
+            "kinds": ["weight", *kinds_of(self.engine.optimizer)],
             "tensors": {name: list(shape_of(parameter)) for name, parameter in self.model.named_parameters()},
             "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(self.model).items()},
         }
@@ -128,8 +129,7 @@ class Saver:
                 first, last = (last * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             if first < last:
                 starts[name] = held.start + first
-                parts = (held.weight, held.exp_avg, held.exp_avg_sq)
-                tensors |= {f"{kind}/{name}": part[first:last] for kind, part in zip(KINDS, parts, strict=True)}
+                tensors |= {f"{kind}/{name}": part[first:last] for kind, part in {"weight": held.weight, **held.moments}.items()}
         return tensors, starts
 
     def _states(self) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ from deepscale.world import World
 
 FORMAT = 1
 MANIFEST, ARRAYS = "manifest.json", "arrays.npz"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # where a manifest does not say: Adam's
+MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 STEP = re.compile(r"step-(\d{8,})")
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 Manifest = dict[str, Any]
@@ -106,12 +107,12 @@ class Fragment(NamedTuple):
 class Fragments:
     """The files of all ranks as one: any range of any parameter. Raises UsageError where they are not exactly the manifest's parameters.
 
-    A rank's file holds, one-dimensional, `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, whose first element is the parameter's
-    `starts[NAME]` (metadata); and, of this rank alone, `buffer/NAME` and `random/DEVICE`.
+    A rank's file holds, one-dimensional, `KIND/NAME` for the weight and what the optimiser remembers of it (the manifest's kinds), whose first
+    element is the parameter's `starts[NAME]` (metadata); and, of this rank alone, `buffer/NAME` and `random/DEVICE`.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+        self.path, self.kinds = path, tuple(manifest.get("kinds", KINDS))
         self.shapes = {name: torch.Size(shape) for name, shape in manifest["tensors"].items()}
         self.buffers = {name: torch.Size(shape) for name, shape in manifest["buffers"].items()}
         self.found: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
@@ -135,12 +136,12 @@ class Fragments:
         starts = _starts(file)
         for entry, (dtype, shape, _) in file.entries.items():
             kind, _, name = entry.partition("/")
-            if kind in KINDS:
+            if kind in self.kinds:
                 whole = name in starts and name in self.shapes and len(shape) == 1
                 good = whole and dtype == torch.float32 and shape == file.entries.get(f"weight/{name}", (None, None))[1]
                 if good and kind == "weight":
                     self.found[name].append(Fragment(starts[name], starts[name] + shape[0], file))
-                    good = all(f"{other}/{name}" in file.entries for other in KINDS)
+                    good = all(f"{other}/{name}" in file.entries for other in self.kinds)
             elif kind == "buffer":
                 good = shape == self.buffers.get(name) and dtype in (torch.float32, torch.float64)
             else:
@@ -216,6 +217,9 @@ def _refuse_malformed(manifest: Manifest) -> None:
     expected = {rank_file(rank) for rank in range(min(ranks, len(files)))} | {ARRAYS}
     if len(files) != ranks + 1 or set(files) != expected:
         raise UsageError(f"{MANIFEST} lists {', '.join(sorted(files)[:5])}, which does not fit {ranks} ranks")
+    kinds = manifest.get("kinds", KINDS)
+    if kinds[:1] not in (["weight"], ("weight",)) or not set(kinds[1:]) <= MOMENTS or len(set(kinds)) != len(kinds):
+        raise UsageError(f"{MANIFEST} names {', '.join(map(str, kinds))} of each weight, which no optimiser here has")
     shapes = [*manifest["tensors"].values(), *manifest["buffers"].values()]
     counts = [manifest["step"], manifest["optimizer_steps"], *(file["bytes"] for file in files.values()), *(n for shape in shapes for n in shape)]
     if not all(type(count) is int and count >= 0 for count in counts):

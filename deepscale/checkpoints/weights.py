@@ -58,7 +58,7 @@ def described(settings: Config, info: DatasetInfo, eval_images: int | None = Non
     dataset = info.name if settings.data.dataset == AUTO else settings.data.dataset
     limit = eval_images if eval_images is not None or settings.data.eval_images == AUTO else settings.data.eval_images
     data = {"dataset": dataset, "data_dir": settings.data.data_dir, "digest": info.digest, "eval_images": limit}
-    data |= {"grey": settings.data.grey, "image_size": settings.data.image_size}
+    data |= {"grey": settings.data.grey, "image_size": settings.data.image_size, "synthetic_classes": settings.data.synthetic_classes}
     return {
         "data": data | {"precision": settings.engine.precision},
         "model": dataclasses.asdict(settings.model) | {"blocks": settings.model.stage_blocks or None},

@@ -42,7 +42,7 @@ def load_source(data: DataConfig, say: Callable[[str], None] = print) -> Source:
 
 def _as_it_comes(data: DataConfig, say: Callable[[str], None]) -> Source:
     if data.dataset == "synthetic":
-        return synthetic()
+        return synthetic(data.synthetic_classes)
     folder = checked_folder(data.data_dir)
     try:
         return _from_files(data, folder, say)
