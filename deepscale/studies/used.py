@@ -193,9 +193,11 @@ STUDY = Study(
     ),
     figures=(
         Figure("pruned", "Test accuracy against the share of blocks that are left out of the trained network: mean over the seeds.", _draw_pruned),
-        Figure("use", "What each block adds to the stream over what it is given, against depth, while the network trains; seed 0.",
+        Figure("use", "What each block adds to the stream over what it is given, against depth: light early in training, dark late (the legend "
+               "has the first panel's steps); seed 0.",
                figures.over_records("use")),
-        Figure("gamma", "|gamma| of each block against depth, while the network trains; seed 0.", figures.over_records("gamma")),
+        Figure("gamma", "|gamma| of each block against depth: light early in training, dark late (the legend has the first panel's steps); seed 0.",
+               figures.over_records("gamma")),
     ),
     profiles=("output_grad_l2",),
     notes=(
