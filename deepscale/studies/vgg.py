@@ -31,7 +31,6 @@ PUBLISHED = {
     BOTH: _published(1.26, 62.99, 1.73, 53.76),
     BN + FAST: _published(1.70, 52.28, 1.99, 46.72),
 }
-COUNTED = {"VGG08": 59_716, PLAIN: 336_196, BN: 338_500, RC: 336_196, BOTH: 338_500, BN + FAST: 338_500, BOTH + FAST: 338_500}
 # Adam without weight decay, nothing clipped. The architecture's other settings are the network's own defaults.
 RECIPE = {
     "model": "vgg", "norm": "none", "skip": "none", "optimizer": "adam", "weight_decay": "0", "clip": "0", "lr": "1e-3", "schedule": "cosine",
