@@ -65,10 +65,10 @@ def _ratios(found: Results) -> str:
     return "; ".join(f"{name}: {number(measured)}" for name, measured in known.items())
 
 
-def _reached(*cases: str) -> Callable[[Results], str]:
+def _reached(case: str) -> Callable[[Results], str]:
     def said(found: Results) -> str:
-        known = {name: mean for name in cases if (mean := found.mean(name)) is not None}
-        return "validation accuracy " + ", ".join(f"{mean:.1%} ({name})" if len(cases) > 1 else f"{mean:.1%}" for name, mean in known.items())
+        mean = found.mean(case)
+        return "" if mean is None else f"validation accuracy {mean:.1%}"
 
     return said
 
@@ -76,8 +76,9 @@ def _reached(*cases: str) -> Callable[[Results], str]:
 def _phases(found: Results) -> str:
     """Validation accuracy after each phase, mean over the seeds."""
     names = [phase.name for phase in found.study.case(LAYERWISE).phases]
-    means = {name: found.mean(LAYERWISE, f"{name}: {ACCURACY}") for name in names}
-    return "validation accuracy after each phase: " + ", ".join(f"{mean:.1%} ({name})" for name, mean in means.items() if mean is not None)
+    known = {name: mean for name in names if (mean := found.mean(LAYERWISE, f"{name}: {ACCURACY}")) is not None}
+    said = ", ".join(f"{mean:.1%} ({name})" for name, mean in known.items())
+    return f"validation accuracy after each phase: {said}" if said else ""
 
 
 def _trains(case: Case) -> Finding:
