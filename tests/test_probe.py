@@ -104,7 +104,7 @@ def test_variants_share_the_sizes_that_were_left_open() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--compare", "actvation=gelu"], "axis 'actvation' is not known; possible: depth, width"),
+        (["--compare", "actvation=gelu"], "axis 'actvation' is not known; possible: depth, model, width"),
         (["--compare", "activation=gelu,foo"], "--compare activation: 'foo' is not known; possible: gelu, relu"),
         (["--compare", "activation"], "'activation' is not an axis with values; type for example --compare activation=gelu,tanh"),
         (
