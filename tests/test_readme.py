@@ -25,7 +25,7 @@ def test_every_training_command_is_understood() -> None:
     assert len(TRAININGS) >= 5
     for words in TRAININGS:
         if "--help" not in words:
-            assert config.parse(words).model.built_depth >= 14
+            assert config.parse(words).model.built_depth >= 8
 
 
 def test_subcommands_exist() -> None:
