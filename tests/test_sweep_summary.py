@@ -172,7 +172,7 @@ def test_what_a_sweep_ends_with(folder: Path, in_tmp_path: Path, empty_store: Pa
     with contextlib.chdir(folder):
         summary.show("components", folder / "sweeps/components", "Which activation?", own_stores=False)
     said = capsys.readouterr().out
-    assert said.startswith("components: 9 trials, 6 started: 6 finished\n")
+    assert said.startswith(f"components: 9 trials, 6 started: 6 finished; {6 * 400:,} steps in all\n")
     assert said.splitlines()[-2:] == [
         "report  sweeps/components/report/index.html", "mlflow  mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1",
     ]  # fmt: skip

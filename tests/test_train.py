@@ -115,7 +115,7 @@ def test_a_run_on_one_rank_with_a_time_budget(launch: Launch, tmp_path: Path) ->
         "lr": "0.01", "time_budget": "6.0", "seed": "3", "depth": "14", "width": "4",
     }  # fmt: skip
     assert len(by_hand) >= 10 and set(by_hand) <= set(run.settings)
-    left_open = {"eval_every", "dataset", "feed", "eval_images", "record_every", "async_save"}
+    left_open = {"eval_every", "dataset", "feed", "eval_images", "record_every", "async_save", "image_size"}
     assert {name for name, value in run.settings.items() if value == "auto"} <= left_open
     assert {"resolved_steps", "resolved_eval_every", "resolved_eval_images", "resolved_dataset", "resolved_feed", "ranks"} <= set(run.settings)
     assert (run.settings["zero"], run.settings["precision"], run.settings["ranks"], run.settings["engine"]) == ("0", "fp32", "1", "deepspeed")
