@@ -197,9 +197,9 @@ def on_the_sigmoid(found: Results, path: Path) -> bool:
     )
     for axis, name, function in curves:
         axis.plot(z, function(z), color=drawing.COLOURS[0])
-        axis.plot(own, function(own), "o", color=drawing.COLOURS[1], markeredgecolor="white", label="units of one network (seed 0)")
+        axis.plot(own, function(own), "o", color=drawing.COLOURS[1], markeredgecolor="white", label="units of seed 0")
         axis.set_ylabel(name)
-    axes[2].legend(frameon=False, fontsize=8, loc="upper right", handletextpad=0.1)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper right")
     for axis in axes:
         axis.set_xlabel("pre-activation of the first layer at the first step")
         axis.grid(alpha=0.25)
