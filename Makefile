@@ -17,7 +17,7 @@ setup: ## make .venv/ ready: Debian packages where allowed, Python packages, FFC
 train: setup ## train 10,000 layers within 5 minutes (setup before it)
 	deepspeed deepscale/train.py --depth 10000 --time-budget 5m $(ARGS)
 
-sweep: setup ## compare a few settings of 110 layers, about 10 minutes on two cores (setup before it)
+sweep: setup ## compare a few settings of 110 layers, 5 to 10 minutes on two cores (setup before it)
 	python tune/sweep.py tune/spaces/small.yaml $(ARGS)
 
 # Two workers, on many cores too: most of a long test is waiting for ranks to start and to meet. A file's tests share what they set up.
