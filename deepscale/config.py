@@ -14,177 +14,32 @@ from typing import Any, Literal
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError, unknown_choice
 from deepscale.models import registry
+from deepscale.parsing import (
+    Every,
+    integer,
+    one_of,
+    or_word,
+    pairs_text,
+    parse_blocks,
+    parse_count,
+    parse_depth,
+    parse_duration,
+    parse_every,
+    parse_tags,
+    real,
+)
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 StackSize = int | tuple[int, ...]  # blocks per stack: of every stage, or of each
 
 
-# ------------------------------------------------------------------------------------------------- values and their text
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    allowed = f"a whole number from {low:,}" + (f" to {high:,}" if high else "")
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text.replace("_", "").replace(",", ""))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
-        return value
-
-    return parse
-
-
-def _real(low: float, high: float | None = None) -> Callable[[str], float]:
-    allowed = f"a number from {low:g}" + (f" to {high:g}" if high is not None else "")
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
-        if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
-        return value
-
-    return parse
-
-
-def _or(word: str, parse: Callable[[str], Any], value: Any) -> Callable[[str], Any]:
-    def parse_or(text: str) -> Any:
-        if text.lower() == word:
-            return value
-        try:
-            return parse(text)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, nor the word {word}") from None
-
-    return parse_or
-
-
 def _auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return _or("auto", parse, AUTO)
-
-
-def parse_depth(text: str) -> int:
-    """Layers as a whole number; which of them there can be is the network's matter (models/registry.py)."""
-    try:
-        return int(text.replace("_", "").replace(",", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of layers; type for example --depth 1004") from None
-
-
-def _blocks(text: str) -> tuple[int, ...]:
-    try:
-        blocks = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        blocks = ()
-    if len(blocks) != 4 or min(blocks) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers of blocks, each at least 1; type for example 1,1,5,1")
-    return blocks
-
-
-def _tags(text: str) -> tuple[str, ...]:
-    tags = tuple(text.split(","))
-    if not all(re.fullmatch(r"[\w./-]+=.*", tag) for tag in tags):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of tags; type for example question=depth,seen=yes")
-    return tags
-
-
-def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """(from, to) layers of "1-3,4-7", each pair going on to a later layer.
-
-    >>> parse_pairs("1-3,4-7")
-    ((1, 3), (4, 7))
-    """
-    found = [re.fullmatch(r"([0-9]{1,7})-([0-9]{1,7})", part) for part in text.split(",")]
-    pairs = tuple((int(match[1]), int(match[2])) for match in found if match)
-    if len(pairs) != len(found) or not all(0 < first < second for first, second in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of connections, each from a layer to a later one; type for example 1-3,4-7")
-    return pairs
-
-
-def _pairs(text: str) -> str:
-    return ",".join(f"{first}-{second}" for first, second in parse_pairs(text))
-
-
-parse_count = _integer(1)
+    return or_word("auto", parse, AUTO)
 
 
 def _stack_size(text: str) -> StackSize:
-    return _blocks(text) if "," in text else parse_count(text)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of "90", "90s", "5m" or "2h".
-
-    >>> parse_duration("5m")
-    300.0
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    try:
-        seconds = float(number) * units[unit]
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration; type for example 90s, 5m or 2h")
-    return seconds
-
-
-@dataclass(frozen=True)
-class Every:
-    """How often something is done: after so many optimiser steps, or after so many seconds; exactly one of them is given."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.steps}steps" if self.steps is not None else f"{self.seconds:g}s"
-
-
-def parse_every(text: str) -> Every:
-    """Of "500steps" or "500 steps", or of a duration: "10m".
-
-    >>> parse_every("500steps")
-    Every(steps=500, seconds=None)
-    >>> parse_every("10m")
-    Every(steps=None, seconds=600.0)
-    """
-    match = re.fullmatch(r"([0-9]{1,18}) *steps?", text.strip().replace(",", "").replace("_", ""))
-    if match and int(match[1]):
-        return Every(steps=int(match[1]))
-    try:
-        return Every(seconds=parse_duration(text))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps and no duration; type for example 500steps, 90s or 10m") from None
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB" or "24G" (24 * 2**30), "24GB" (24e9), "512MiB", "1.5 GiB" or "4096".
-
-    >>> parse_bytes("4KiB")
-    4096
-    """
-    match = re.fullmatch(r"([0-9]{1,20}|[0-9]{0,20}\.[0-9]{1,20}) *(?:([kmgt])(i?b)?|b)?", text.strip().lower())
-    power, base = (" kmgt".index(match[2] or " "), 1000 if match[3] == "b" else 1024) if match else (0, 1)
-    count = int(float(match[1]) * base**power) if match else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory; type for example 24GiB, 24GB, 512MiB, or a number of bytes")
-    return count
-
-
-def _choice(known: tuple[str, ...]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not known; possible: {', '.join(known)}")
-        return text
-
-    parse.known = known  # type: ignore[attr-defined]
-    return parse
+    return parse_blocks(text) if "," in text else parse_count(text)
 
 
 def _option(default: Any, text: str, parse: Callable[[str], Any] = str, short: dict[str, str] | None = None) -> Any:
@@ -226,41 +81,43 @@ class ModelConfig(_Checked):
     """The network. Defaults are ConvNeXt's; models/registry.py has those of the others. B batch, C channels of a stage, N blocks of a stage."""
 
     depth: int = _option(26, "layers, rounded up to the next that the network can have; ConvNeXt: stem + 3 per block + head", parse_depth)
-    blocks: tuple[int, ...] | None = _option(None, "blocks per stage a,b,c,d; overrides --depth", _blocks)
-    model: str = _option("convnext", f"network: {', '.join(MODEL_NAMES)}; each knows some of the settings here", _choice(MODEL_NAMES))
-    width: int | Auto = _option(AUTO, "channels of stage 1, doubled at each stage; auto: 64 where it fits", _auto(_integer(1)))
-    patch_size: int | Auto = _option(AUTO, "side and stride of the stem's convolution, pixels; auto: 1 where time allows", _auto(_integer(1)))
-    kernel_size: int = _option(3, "side of the depthwise convolutions, pixels, odd", _integer(1))
-    activation: str = _option("gelu", f"activation of the blocks: {', '.join(ACTIVATION_NAMES)}", _choice(ACTIVATION_NAMES))
-    norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}; of mlp also tensornorm", _choice(ALL_NORM_NAMES))
-    norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", _choice(("all", "blocks")))
+    blocks: tuple[int, ...] | None = _option(None, "blocks per stage a,b,c,d; overrides --depth", parse_blocks)
+    model: str = _option("convnext", f"network: {', '.join(MODEL_NAMES)}; each knows some of the settings here", one_of(MODEL_NAMES))
+    width: int | Auto = _option(AUTO, "channels of stage 1, doubled at each stage; auto: 64 where it fits", _auto(integer(1)))
+    patch_size: int | Auto = _option(AUTO, "side and stride of the stem's convolution, pixels; auto: 1 where time allows", _auto(integer(1)))
+    kernel_size: int = _option(3, "side of the depthwise convolutions, pixels, odd", integer(1))
+    activation: str = _option("gelu", f"activation of the blocks: {', '.join(ACTIVATION_NAMES)}", one_of(ACTIVATION_NAMES))
+    norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}; of mlp also tensornorm", one_of(ALL_NORM_NAMES))
+    norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", one_of(("all", "blocks")))
     skip: str = _option(
-        "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", _choice(SKIP_NAMES)
+        "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", one_of(SKIP_NAMES)
     )
-    skip_scope: str = _option("blocks", "where --skip applies in vgg: blocks, or all (those that halve the image, too)", _choice(("blocks", "all")))
+    skip_scope: str = _option("blocks", "where --skip applies in vgg: blocks, or all (those that halve the image, too)", one_of(("blocks", "all")))
     skip_pairs: str | None = _option(
-        None, "skip connections of mlp from hidden layer to hidden layer: 1-3,4-7 adds layer 1's output to layer 3's", _or("none", _pairs, None)
+        None,
+        "skip connections of mlp from hidden layer to hidden layer: 1-3,4-7 adds layer 1's output to layer 3's",
+        or_word("none", pairs_text, None),
     )
     gradient_normalisation: bool = _switch(False, "in mlp: make the gradient at each hidden layer's output of mean 0 and deviation 1")
-    init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; kaiming is He's, torch its default, biases too", _choice(INIT_NAMES))
-    init_std: float = _option(0.02, "deviation of --init normal", _real(0.0))
+    init: str = _option("normal", f"initial weights: {', '.join(INIT_NAMES)}; kaiming is He's, torch its default, biases too", one_of(INIT_NAMES))
+    init_std: float = _option(0.02, "deviation of --init normal", real(0.0))
     sigma_w: float | None = _option(
-        None, "plain network: factor of its weights; none: 1, or with delta-orthogonal ones the critical value", _or("none", _real(0.0), None)
+        None, "plain network: factor of its weights; none: 1, or with delta-orthogonal ones the critical value", or_word("none", real(0.0), None)
     )
     sigma_b: float | None = _option(
-        None, "plain network: deviation of its biases; none: 0, or with delta-orthogonal weights the critical value", _or("none", _real(0.0), None)
+        None, "plain network: deviation of its biases; none: 0, or with delta-orthogonal weights the critical value", or_word("none", real(0.0), None)
     )
     layerscale_init: float | None | Auto = _option(
         AUTO,
         "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, and 1 with --init fixup; none with other skips",
-        _or("none", _auto(_real(-1e6)), None),
+        or_word("none", _auto(real(-1e6)), None),
     )
-    layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", _choice(("scalar", "channel")))
-    drop_path: float = _option(0.0, "stochastic depth rate of the last block, growing linearly from 0", _real(0.0, 0.99))
+    layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", one_of(("scalar", "channel")))
+    drop_path: float = _option(0.0, "stochastic depth rate of the last block, growing linearly from 0", real(0.0, 0.99))
     drop_path_mode: str = _option(
         "sample",
         "what stochastic depth drops a block for: single images (sample), or the whole micro batch (batch), whose block is then not computed",
-        _choice(("sample", "batch")),
+        one_of(("sample", "batch")),
     )
     sync_batchnorm: bool = _switch(False, "share BatchNorm's batch statistics over ranks")
 
@@ -313,23 +170,23 @@ class ModelConfig(_Checked):
 class DataConfig(_Checked):
     """The images."""
 
-    dataset: str = _option(AUTO, f"data set: {', '.join(DATASET_NAMES)}; auto: CIFAR-10, or synthetic where it cannot be had", _choice(DATASET_NAMES))
+    dataset: str = _option(AUTO, f"data set: {', '.join(DATASET_NAMES)}; auto: CIFAR-10, or synthetic where it cannot be had", one_of(DATASET_NAMES))
     data_dir: str = _option("data", "folder of the data sets; an image folder holds {train,test}/<class>/*")
     download: bool = _switch(True, "download a missing data set")
-    feed: str = _option(AUTO, "what feeds the images: ffcv, tensors (in memory), or auto", _choice(("auto", "ffcv", "tensors")))
-    synthetic_classes: int = _option(10, "classes of the synthetic data set", _integer(2, 1000))
-    batch_size: int | Auto = _option(AUTO, "images per optimiser step over all ranks; auto: 64 where time allows", _auto(_integer(1)))
+    feed: str = _option(AUTO, "what feeds the images: ffcv, tensors (in memory), or auto", one_of(("auto", "ffcv", "tensors")))
+    synthetic_classes: int = _option(10, "classes of the synthetic data set", integer(2, 1000))
+    batch_size: int | Auto = _option(AUTO, "images per optimiser step over all ranks; auto: 64 where time allows", _auto(integer(1)))
     grey: bool = _switch(False, "images in grey: ITU-R 601 luma, one channel")
     image_size: int | Auto = _option(
         AUTO,
         "side of the images, pixels; auto: the data set's own, of FashionMNIST 32 by a frame around its 28; another: by bilinear resampling",
-        _auto(_integer(1)),
+        _auto(integer(1)),
     )
     augment: bool = _switch(True, "random crop (padding 4) and horizontal flip in training")
-    color_jitter: float = _option(0.0, "brightness, contrast and saturation jitter; the original study: 0.2", _real(0.0, 1.0))
-    workers: int | Auto = _option(AUTO, "threads of the feed per rank", _auto(_integer(1)))
+    color_jitter: float = _option(0.0, "brightness, contrast and saturation jitter; the original study: 0.2", real(0.0, 1.0))
+    workers: int | Auto = _option(AUTO, "threads of the feed per rank", _auto(integer(1)))
     eval_images: int | Auto = _option(
-        AUTO, "images of validation and of test that are evaluated; auto: all, or what the time budget allows", _auto(_integer(1))
+        AUTO, "images of validation and of test that are evaluated; auto: all, or what the time budget allows", _auto(integer(1))
     )
 
 
@@ -337,28 +194,28 @@ class DataConfig(_Checked):
 class RecipeConfig(_Checked):
     """Optimiser, schedule and length."""
 
-    optimizer: str = _option("adamw", f"what steps the weights: {', '.join(OPTIMIZER_NAMES)}", _choice(OPTIMIZER_NAMES))
-    lr: float = _option(1e-3, "peak learning rate", _real(0.0))
+    optimizer: str = _option("adamw", f"what steps the weights: {', '.join(OPTIMIZER_NAMES)}", one_of(OPTIMIZER_NAMES))
+    lr: float = _option(1e-3, "peak learning rate", real(0.0))
     weight_decay: float = _option(
-        0.01, "weight decay of convolution and linear weights: decoupled with adamw, added to the gradient with adam and sgd", _real(0.0)
+        0.01, "weight decay of convolution and linear weights: decoupled with adamw, added to the gradient with adam and sgd", real(0.0)
     )
-    beta1: float = _option(0.9, "Adam's beta1; the onecycle schedule cycles it 0.95 -> 0.85 -> 0.95", _real(0.0, 0.9999))
-    beta2: float = _option(0.999, "Adam's beta2", _real(0.0, 0.99999))
-    eps: float = _option(1e-8, "Adam's epsilon", _real(0.0))
-    momentum: float = _option(0.0, "momentum of --optimizer sgd; above 0 the onecycle schedule cycles it like beta1", _real(0.0, 0.9999))
-    schedule: str = _option("onecycle", "learning rate over the run: onecycle, cosine, constant", _choice(("onecycle", "cosine", "constant")))
-    schedule_every: str = _option("step", "how often the schedule moves: every step, or every epoch", _choice(("step", "epoch")))
-    min_lr: float = _option(0.0, "learning rate at which --schedule cosine ends", _real(0.0))
-    clip: float = _option(5.0, "largest global gradient norm; 0 switches clipping off", _real(0.0))
-    accumulation: int = _option(1, "micro batches per optimiser step", _integer(1))
-    epochs: int = _option(100, "passes over the training images", _integer(1))
-    max_steps: int | None = _option(None, "optimiser steps; ends the run before --epochs", _or("none", _integer(1), None))
+    beta1: float = _option(0.9, "Adam's beta1; the onecycle schedule cycles it 0.95 -> 0.85 -> 0.95", real(0.0, 0.9999))
+    beta2: float = _option(0.999, "Adam's beta2", real(0.0, 0.99999))
+    eps: float = _option(1e-8, "Adam's epsilon", real(0.0))
+    momentum: float = _option(0.0, "momentum of --optimizer sgd; above 0 the onecycle schedule cycles it like beta1", real(0.0, 0.9999))
+    schedule: str = _option("onecycle", "learning rate over the run: onecycle, cosine, constant", one_of(("onecycle", "cosine", "constant")))
+    schedule_every: str = _option("step", "how often the schedule moves: every step, or every epoch", one_of(("step", "epoch")))
+    min_lr: float = _option(0.0, "learning rate at which --schedule cosine ends", real(0.0))
+    clip: float = _option(5.0, "largest global gradient norm; 0 switches clipping off", real(0.0))
+    accumulation: int = _option(1, "micro batches per optimiser step", integer(1))
+    epochs: int = _option(100, "passes over the training images", integer(1))
+    max_steps: int | None = _option(None, "optimiser steps; ends the run before --epochs", or_word("none", integer(1), None))
     time_budget: float | None = _option(
-        None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", _or("none", parse_duration, None)
+        None, "length of training and evaluation: 90s, 5m, 2h; sets the number of steps", or_word("none", parse_duration, None)
     )
-    eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(_integer(1)))
-    freeze: int = _option(0, "layers, from the first on, that are not trained", _integer(0))
-    seed: int = _option(0, "initial values, data order and augmentation", _integer(0, 2**31 - 1))
+    eval_every: int | Auto = _option(AUTO, "optimiser steps between validations; auto: an epoch, and the end", _auto(integer(1)))
+    freeze: int = _option(0, "layers, from the first on, that are not trained", integer(0))
+    seed: int = _option(0, "initial values, data order and augmentation", integer(0, 2**31 - 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -374,18 +231,18 @@ class RecipeConfig(_Checked):
 class EngineConfig(_Checked):
     """How the network runs: engine, memory, precision."""
 
-    engine: str = _option("deepspeed", "deepspeed, or torch for the same loop without it", _choice(("deepspeed", "torch")))
-    zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(_integer(0, 3)))
-    offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", _choice(("auto", "none", "cpu", "nvme")))
+    engine: str = _option("deepspeed", "deepspeed, or torch for the same loop without it", one_of(("deepspeed", "torch")))
+    zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(integer(0, 3)))
+    offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", one_of(("auto", "none", "cpu", "nvme")))
     deepspeed_config: str | None = _option(None, "a DeepSpeed configuration file instead of the ones in ds_configs/")
     precision: str = _option(
-        AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", _choice(("auto", "fp32", "bf16", "fp16"))
+        AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", one_of(("auto", "fp32", "bf16", "fp16"))
     )
     activations: str = _option(
         AUTO,
         "what is kept for backward: keep (all), selective (what is dear to compute), recompute (a block's input per segment), "
         "offload (the same, in host memory); auto: the fastest that fits",
-        _choice((AUTO, *ACTIVATION_POLICIES)),
+        one_of((AUTO, *ACTIVATION_POLICIES)),
         short={"--recompute": "recompute", "--no-recompute": "keep"},
     )
     stack_size: StackSize | Auto = _option(
@@ -397,17 +254,17 @@ class EngineConfig(_Checked):
         AUTO,
         "blocks recomputed together, with --activations recompute or offload; auto: 4, or about sqrt(blocks / 10) where memory is short; "
         "given with --activations auto, a number means recompute, and none that no block is recomputed",
-        _or("none", _auto(_integer(1)), None),
+        or_word("none", _auto(integer(1)), None),
     )
-    device: str = _option(AUTO, "cuda, cpu, or auto", _choice(("auto", "cuda", "cpu")))
+    device: str = _option(AUTO, "cuda, cpu, or auto", one_of(("auto", "cuda", "cpu")))
     kernel: str = _option(
         AUTO,
         "what computes the blocks: native (compiled once, for the CPU), torch (its operators), or auto",
-        _choice(("auto", "native", "torch")),
+        one_of(("auto", "native", "torch")),
     )
-    threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(_integer(1)))
+    threads: int | Auto = _option(AUTO, "CPU threads of a rank; auto: the cores shared out over the local ranks", _auto(integer(1)))
     hang_timeout: float | None = _option(
-        1800.0, "longest wait of a rank for the others before the run ends, 90s, 30m or none", _or("none", parse_duration, None)
+        1800.0, "longest wait of a rank for the others before the run ends, 90s, 30m or none", or_word("none", parse_duration, None)
     )
     local_rank: int = _option(-1, "set by DeepSpeed's launcher", int)
     verbose: bool = _switch(False, "show all messages of DeepSpeed and other libraries")
@@ -432,12 +289,12 @@ class TrackingConfig:
     tracking: bool = _switch(True, "record the run in MLflow (MLFLOW_TRACKING_URI, else sqlite:///mlflow.db)")
     experiment: str = _option("deepscale", "MLflow experiment")
     record_every: int | Auto = _option(
-        AUTO, "optimiser steps between records of every layer's gradient; auto: dense early, sparse later; 0: none", _auto(_integer(0))
+        AUTO, "optimiser steps between records of every layer's gradient; auto: dense early, sparse later; 0: none", _auto(integer(0))
     )
-    vanishing_ratio: float = _option(1e-4, "the gradient vanishes where the first block's is below this share of the last block's", _real(0.0, 1.0))
-    exploding_ratio: float = _option(1e3, "the gradient explodes where a block's is more than this many times the last block's", _real(1.0))
+    vanishing_ratio: float = _option(1e-4, "the gradient vanishes where the first block's is below this share of the last block's", real(0.0, 1.0))
+    exploding_ratio: float = _option(1e3, "the gradient explodes where a block's is more than this many times the last block's", real(1.0))
     run_name: str | None = _option(None, "name of the run; default: made of depth and what differs from the defaults")
-    tags: tuple[str, ...] | None = _option(None, "MLflow tags of the run: question=depth,seen=yes", _or("none", _tags, None))
+    tags: tuple[str, ...] | None = _option(None, "MLflow tags of the run: question=depth,seen=yes", or_word("none", parse_tags, None))
 
 
 @dataclass(frozen=True)
@@ -445,7 +302,7 @@ class CheckpointConfig(_Checked):
     """What is saved of a run while it runs, and where it goes on from."""
 
     checkpoint_every: Every | None = _option(
-        None, "steps or time between checkpoints: 500steps, 90s, 10m; none: no checkpoints", _or("none", parse_every, None)
+        None, "steps or time between checkpoints: 500steps, 90s, 10m; none: no checkpoints", or_word("none", parse_every, None)
     )
     checkpoint_dir: str | None = _option(
         None,
@@ -456,10 +313,10 @@ class CheckpointConfig(_Checked):
     init_from: str | None = _option(
         None,
         "weights to start from where they fit: a model.safetensors, a checkpoint, or a --checkpoint-dir of another run; none: none",
-        _or("none", str, None),
+        or_word("none", str, None),
     )
-    init_layers: int | None = _option(None, "of --init-from, how many layers from the first on; none: all", _or("none", _integer(1), None))
-    keep: int = _option(2, "newest checkpoints that are kept, beside the best", _integer(1))
+    init_layers: int | None = _option(None, "of --init-from, how many layers from the first on; none: all", or_word("none", integer(1), None))
+    keep: int = _option(2, "newest checkpoints that are kept, beside the best", integer(1))
     async_save: bool | Auto = _switch(AUTO, "write checkpoints while training goes on, from a copy in memory; auto: where the copy fits")
 
     def __post_init__(self) -> None:
@@ -586,8 +443,6 @@ def from_namespace(values: argparse.Namespace) -> Config:
             raise UsageError(f"{switch} is short for --{name} {value}, and {said[name]} was given, too; leave one of them out")
         said[name] = switch
     for name in given:
-        if given[name] == known[name] and name != "model":
-            continue  # as it is by itself
         registry.refuse_unknown(given.get("model", Config().model.model), name)
     return Config().replace(**given)
 

@@ -20,6 +20,7 @@ from deepscale.errors import UsageError
 from deepscale.evaluation import evaluate
 from deepscale.models.convnext import use_kernel
 from deepscale.models.network import Network
+from deepscale.parsing import parse_count
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.world import World
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint (DIR/step-00001200), a --checkpoint-dir (its newest), or model.safetensors")
     parser.add_argument("--best", action="store_true", help="of a --checkpoint-dir: the checkpoint of best validation instead of the newest")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
-    parser.add_argument("--eval-images", type=config.parse_count, metavar="N", help="the first N images of the split (default: as many as the run's)")
+    parser.add_argument("--eval-images", type=parse_count, metavar="N", help="the first N images of the split (default: as many as the run's)")
     parser.add_argument("--data-dir", help="folder of the images (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
     parser.add_argument("--kernel", choices=("auto", "native", "torch"), default="auto", help="what computes the blocks on a CPU (default: auto)")

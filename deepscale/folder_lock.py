@@ -11,17 +11,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from deepscale.errors import UsageError
-from deepscale.world import World
+
+if TYPE_CHECKING:  # a sweep's worker, which waits for this lock, loads no torch
+    from deepscale.world import World
 
 LOCK, OWNER = "lock", "lock.json"
 
 
 @contextmanager
-def locked(folder: str | None, world: World) -> Iterator[None]:
+def locked(folder: str | None, world: "World") -> Iterator[None]:
     """Holds the folder's lock while inside, on rank 0; every rank must ask. Raises UsageError on all of them where another run has it."""
     if folder is None:
         yield

@@ -14,6 +14,7 @@ from deepscale.config import GROUPS, Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
 from deepscale.models import registry
+from deepscale.parsing import parse_bytes, parse_count
 from deepscale.plan_choices import Choice, deepest, placements, policies
 from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
 from deepscale.plan_network import flops_of, images_of
@@ -35,18 +36,18 @@ def main(arguments: list[str]) -> None:
     """Prints the plan of these settings. Raises UsageError for bad input, and for what does not fit."""
     parser = config.parser("deepscale plan", "What a run with these settings will build and take, on this machine or on another.")
     size = "24GiB, 24GB, 512MiB ..."
-    parser.add_argument("--device-memory", type=config.parse_bytes, metavar="SIZE", help=f"of the GPU to plan for: {size} (default: what is here)")
-    parser.add_argument("--host-memory", type=config.parse_bytes, metavar="SIZE", help=f"memory of the host: {size} (default: what is free here)")
-    parser.add_argument("--ranks", type=config.parse_count, metavar="N", help="processes, on one host, a GPU each (default: 1)")
-    parser.add_argument("--nodes", type=config.parse_count, metavar="N", help="hosts of a cluster (default: 1)")
-    parser.add_argument("--gpus-per-node", type=config.parse_count, metavar="N", help="ranks on each of them, a GPU each (default: 1)")
+    parser.add_argument("--device-memory", type=parse_bytes, metavar="SIZE", help=f"of the GPU to plan for: {size} (default: what is here)")
+    parser.add_argument("--host-memory", type=parse_bytes, metavar="SIZE", help=f"memory of the host: {size} (default: what is free here)")
+    parser.add_argument("--ranks", type=parse_count, metavar="N", help="processes, on one host, a GPU each (default: 1)")
+    parser.add_argument("--nodes", type=parse_count, metavar="N", help="hosts of a cluster (default: 1)")
+    parser.add_argument("--gpus-per-node", type=parse_count, metavar="N", help="ranks on each of them, a GPU each (default: 1)")
     for name, text, default in (
         ("gpu", "each GPU sends to another of its node", GPU_BANDWIDTH),
         ("node", "each node sends to others", NODE_BANDWIDTH),
     ):
         text = f"that {text} in a second (default: {default / 1e9:.0f}GB)"
-        parser.add_argument(f"--{name}-bandwidth", type=config.parse_bytes, metavar="SIZE", help=f"bytes {text}")
-    parser.add_argument("--classes", type=config.parse_count, default=10, metavar="N", help="classes of the data set (default: 10)")
+        parser.add_argument(f"--{name}-bandwidth", type=parse_bytes, metavar="SIZE", help=f"bytes {text}")
+    parser.add_argument("--classes", type=parse_count, default=10, metavar="N", help="classes of the data set (default: 10)")
     parser.add_argument("--max-depth", action="store_true", help="how deep each choice can go, instead of a plan for --depth")
     parser.add_argument("--table", action="store_true", help=f"a page in Markdown: {plan_table.ABOUT}")
     parser.add_argument("--json", action="store_true", help="for scripts: one JSON object on standard output")

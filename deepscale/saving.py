@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from deepscale.checkpoints import Saver
-from deepscale.config import Every
 from deepscale.errors import AGAIN, Interrupted
+from deepscale.parsing import Every
 from deepscale.stop import CTRL_C, Stop
 from deepscale.world import World
 

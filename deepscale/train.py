@@ -155,30 +155,9 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     name = str(resumed.run["name"]) if resumed else settings.tracking.run_name or run_name(run.asked)
     folder = resume.folder_of(resumed) if resumed else paths.run_folder(name)
     parameters = described(run.asked, settings, run.plan, run.feeds, place)
-    tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
-    tags |= {"checkpoint_dir": settings.checkpoint.checkpoint_dir} if settings.checkpoint.checkpoint_dir else {}
-    tags |= {"hardware": json.dumps(provenance.hardware()), "versions": json.dumps(provenance.versions())}
-    tags |= dict(tag.split("=", 1) for tag in settings.tracking.tags or ())
     store = tracking_store.shown(tracking_store.store_uri()) if settings.tracking.tracking else None
     base = memory.reset_peak(place.device)
-    with outcome.Recorded(
-        lambda: tracking_lines.told(
-            tracking.open_tracker(
-                settings.tracking,
-                run_name=name,
-                parameters=parameters,
-                tags=tags,
-                dataset=info,
-                rank=place.rank,
-                warn=screen.warn,
-                folder=folder,
-                run_id=resumed.run["run_id"] if resumed else resume.begun(run.asked, store),
-            ),
-            place,
-        ),
-        lambda error: exhausted(run, error, memory.peak_bytes(place.device)),
-        place,
-    ) as record:
+    with recorded(run, name, folder, parameters, store, screen) as record:
         place.doing.close = record.close_failed
         model = build_model(settings, info, place)
         begin_with(model, settings, resumed, screen)
@@ -192,12 +171,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         saving = build_saving(run, model, engine, screen, lambda: about_run(run, name, folder, tracker) | {"store": store})
         fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
         if resumed is not None:
-            checkpoints.restore(resumed.checkpoint, model, engine, place, screen.say)
-            fit.load(resumed.checkpoint.progress, resumed.checkpoint.arrays())
-            tracker.again(resumed.run.get("pending", []))
-            if store != resumed.run["store"]:
-                screen.say(f"the run has been recorded in {resumed.run['store'] or 'no store'} so far, and is in {store or 'none'} from here on")
-            screen.say(f"going on after step {fit.step:,}, from {resumed.checkpoint.path}")
+            go_on(fit, resumed, store)
         try:
             result = fit()
         finally:  # also of a run that stopped: there they are wanted most
@@ -220,6 +194,42 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
     if place.is_main:
         resume.finish(run.asked)
     return rows, tracker.view_command()
+
+
+def recorded(run: Prepared, name: str, folder: Path, parameters: dict[str, Any], store: str | None, screen: progress.Progress) -> outcome.Recorded:
+    """The run's record, which is opened when it is first asked for."""
+    settings, place, info = run.plan.config, run.place, run.feeds.info
+    tags = {"dataset": info.name, "feed": run.feeds.name, "engine": settings.engine.engine}
+    tags |= {"checkpoint_dir": settings.checkpoint.checkpoint_dir} if settings.checkpoint.checkpoint_dir else {}
+    tags |= {"hardware": json.dumps(provenance.hardware()), "versions": json.dumps(provenance.versions())}
+    tags |= dict(tag.split("=", 1) for tag in settings.tracking.tags or ())
+
+    def opened() -> Tracker:
+        tracker = tracking.open_tracker(
+            settings.tracking,
+            run_name=name,
+            parameters=parameters,
+            tags=tags,
+            dataset=info,
+            rank=place.rank,
+            warn=screen.warn,
+            folder=folder,
+            run_id=run.resumed.run["run_id"] if run.resumed else resume.begun(run.asked, store),
+        )
+        return tracking_lines.told(tracker, place)
+
+    return outcome.Recorded(opened, lambda error: exhausted(run, error, memory.peak_bytes(place.device)), place)
+
+
+def go_on(fit: loop.Fit, resumed: Resumed, store: str | None) -> None:
+    """Takes a run up where its checkpoint has left it. store: the one that it is recorded in from here on."""
+    run = fit.run
+    checkpoints.restore(resumed.checkpoint, run.model, run.engine, run.world, run.progress.say)
+    fit.load(resumed.checkpoint.progress, resumed.checkpoint.arrays())
+    run.tracker.again(resumed.run.get("pending", []))
+    if store != resumed.run["store"]:
+        run.progress.say(f"the run has been recorded in {resumed.run['store'] or 'no store'} so far, and is in {store or 'none'} from here on")
+    run.progress.say(f"going on after step {fit.step:,}, from {resumed.checkpoint.path}")
 
 
 def about_run(run: Prepared, name: str, folder: Path, tracker: Tracker) -> dict[str, Any]:

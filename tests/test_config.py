@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepscale.config import AUTO, GROUPS, Config, EngineConfig, Every, ModelConfig, differing, flat, parse, parse_bytes, parse_duration, parse_every
+from deepscale.config import AUTO, GROUPS, Config, EngineConfig, ModelConfig, differing, flat, parse
 from deepscale.errors import UsageError
 from deepscale.models.registry import MODELS
+from deepscale.parsing import Every, parse_bytes, parse_duration, parse_every
 
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from deepscale import checkpoints, gradflow, loop, resume, tracking, tracking_store, train
-from deepscale.config import Config, Every, TrackingConfig
+from deepscale.config import Config, TrackingConfig
 from deepscale.data.synthetic import synthetic
 from deepscale.engine import TorchEngine
 from deepscale.errors import UsageError
+from deepscale.parsing import Every
 from deepscale.saving import Saving
 from deepscale.world import World
 

@@ -19,8 +19,9 @@ from deepscale import cli, config
 from deepscale.errors import UsageError
 from deepscale.studies import page, runner, stored, toy
 from deepscale.studies.page import amount
-from deepscale.studies.runner import FAILED, INTERRUPTED, REFUSED, End, Runner, missing
-from deepscale.studies.study import CPU, FULL, PREVIOUS, SCALES, SMOKE, STUDIES, Case, Finding, Measured, Phase, Results, Scale, Study, load, names
+from deepscale.studies.runner import FAILED, End, Runner, missing
+from deepscale.studies.study import CPU, FULL, PREVIOUS, SCALES, SMOKE, STUDIES, Case, Finding, Measured, Phase, Results, Scale, Study, load
+from deepscale.sweeps.programs import INTERRUPTED, REFUSED
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, OUT_OF_MEMORY
 
 TINY = {
@@ -221,7 +222,7 @@ def test_a_half_finished_folder_of_other_settings_is_refused(in_tmp_path: Path) 
     assert "step-00000002" in end.job.output.read_text()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_whole(name: str, tmp_path: Path) -> None:
     study = load(name)
     assert study.name == name
@@ -352,8 +353,7 @@ def test_full_scale_says_what_it_costs_and_asks(in_tmp_path: Path, capsys: pytes
 def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["study", "list"])
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in names())
-    assert set(names()) <= set(STUDIES)
+    assert all(f"\n  {name} " in out for name in STUDIES)
 
 
 def test_a_study_says_nothing_that_train_py_refuses() -> None:

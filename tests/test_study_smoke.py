@@ -7,13 +7,13 @@ import pytest
 
 from deepscale import cli
 from deepscale.studies import stored
-from deepscale.studies.study import SMOKE, load, names
+from deepscale.studies.study import SMOKE, STUDIES, load
 from deepscale.sweeps.tags import FINISHED, NON_FINITE
 
 WHOLE = ("toy", "vgg", "mlp")
 
 
-@pytest.mark.parametrize("name", names()[::-1])  # toy last: what rows are forked from imports what the first one needs
+@pytest.mark.parametrize("name", STUDIES[::-1])  # toy last: what rows are forked from imports what the first one needs
 def test_a_study_runs_at_smoke_scale(name: str, in_tmp_path: Path) -> None:
     study = load(name)
     source = study.scale(SMOKE).sweep

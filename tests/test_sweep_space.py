@@ -7,6 +7,8 @@ import pytest
 
 from deepscale import config
 from deepscale.errors import UsageError
+from deepscale.models import registry
+from deepscale.parsing import Every
 from deepscale.sweeps import space, values
 from deepscale.sweeps.space import Range, Space, Trial
 
@@ -128,12 +130,13 @@ def test_a_grid_is_typed_without_a_file() -> None:
 
 
 def test_every_setting_is_typed_back_as_it_was_read() -> None:
-    given = config.Config().replace(blocks=(1, 1, 5, 1), time_budget=90.0, augment=False, checkpoint_every=config.Every(steps=3))
+    given = config.Config().replace(blocks=(1, 1, 5, 1), time_budget=90.0, augment=False, checkpoint_every=Every(steps=3))
     for name, chosen in config.flat(given).items():
         if name in values.KNOWN and name != "deepspeed_config":  # which has no word for its default, none
             text = values.text_of(name, chosen)
             assert values.value(name, text) == chosen
-            assert config.flat(config.parse(values.arguments(name, text)))[name] == chosen
+            network = next((known for known in registry.MODELS if name not in registry.unknown(known)), "")  # that has the setting
+            assert config.flat(config.parse([*(() if name == "model" else ("--model", network)), *values.arguments(name, text)]))[name] == chosen
 
 
 SPACES = Path(__file__).parent.parent / "tune" / "spaces"

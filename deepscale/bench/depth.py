@@ -17,10 +17,11 @@ from deepscale.bench.networks import CHANNELS, CLASSES, IMAGE_SIZE
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Goal, Report, Row, number
 from deepscale.bench.trial import PLAIN, settings_for
-from deepscale.config import ACTIVATION_POLICIES, parse_bytes, parse_duration
+from deepscale.config import ACTIVATION_POLICIES
 from deepscale.depth import LAYERS_PER_BLOCK, MAX_DEPTH, MIN_DEPTH, STAGES
 from deepscale.errors import UsageError
 from deepscale.models.convnext import count_parameters
+from deepscale.parsing import parse_bytes, parse_duration
 from deepscale.plan_memory import memory_of
 from deepscale.plan_network import stage_shapes
 

@@ -21,10 +21,11 @@ from deepscale.bench.gpu_check import Check, small
 from deepscale.bench.gpu_report import GpuReport
 from deepscale.bench.options import Options, say, whole
 from deepscale.bench.worker import BenchError, run_worker
-from deepscale.config import Config, parse_bytes, parse_depth, parse_duration
+from deepscale.config import Config
 from deepscale.engine_config import read
 from deepscale.errors import DeepscaleError, UsageError
 from deepscale.machine import Machine
+from deepscale.parsing import parse_bytes, parse_depth, parse_duration
 from deepscale.paths import ds_config_path
 
 DEPTHS, WIDTHS = (26, 1004, 10_001), (64, 128, 256, 512)

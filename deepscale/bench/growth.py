@@ -18,10 +18,10 @@ from deepscale.bench.kept import kept_bytes
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Goal, Report, Row, number
 from deepscale.bench.worker import run_worker
-from deepscale.config import parse_depth
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError
 from deepscale.models.convnext import smallest_segment
+from deepscale.parsing import parse_depth
 from deepscale.plan_choices import FAST_SEGMENT
 
 DEPTHS = (26, 110, 302, 1_004, 3_002, 10_001)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepscale.bench.report import Report, check_writable
-from deepscale.config import parse_depth, parse_duration, parser
+from deepscale.config import parser
+from deepscale.parsing import parse_depth, parse_duration
 from deepscale.provenance import hardware
 
 KERNELS = ("auto", "native", "torch")

@@ -10,8 +10,8 @@ from deepscale.bench.options import Options, say
 from deepscale.bench.report import GB, Goal, Report, Row, write_json
 from deepscale.bench.report import number as digits
 from deepscale.bench.worker import run_ranks, run_worker
-from deepscale.config import parse_count
 from deepscale.errors import UsageError
+from deepscale.parsing import parse_count
 
 GROWTH_RATIO, PEAK_RATIO, STEP_RATIO = "growth, ratio", "peak, ratio", "step, ratio"
 STEPS = 4

@@ -24,8 +24,9 @@ from deepscale.bench.report import Report, Row, check_writable, write_json, writ
 from deepscale.bench.scaling_page import draw, page
 from deepscale.bench.scaling_study import MB, MODES, Study, joined, launch_of, point_of, points_from
 from deepscale.bench.worker import run_here, run_ranks
-from deepscale.config import TrackingConfig, parse_count
+from deepscale.config import TrackingConfig
 from deepscale.errors import UsageError
+from deepscale.parsing import parse_count
 from deepscale.provenance import versions
 from deepscale.tracking import open_tracker
 

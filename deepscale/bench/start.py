@@ -3,8 +3,8 @@
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Goal, Row, ratio
 from deepscale.bench.worker import run_worker
-from deepscale.config import parse_depth
 from deepscale.depth import blocks_for_depth, depth_of_blocks
+from deepscale.parsing import parse_depth
 
 GOAL_CPU_S = Goal(5.0)
 GOAL_RATIO = Goal(2.0)

@@ -1,8 +1,6 @@
 """`deepscale bench sweep`: what a trial of a sweep takes beside its training, and what two trials at once take of each other's time."""
 
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -11,14 +9,14 @@ from pathlib import Path
 
 from deepscale.bench.options import Options, say
 from deepscale.bench.report import Goal, Row, ratio
-from deepscale.bench.worker import FOREIGN, BenchError, tail
+from deepscale.bench.worker import BenchError, start_of, tail
 from deepscale.sweeps.search import BEGUN, ENDED
 from deepscale.sweeps.tags import SWEEP, TRIAL
 from deepscale.tracking_read import Reader
 
 GOAL_OVERHEAD_S = Goal(15.0)
 GOAL_TOGETHER = Goal(1.15)
-NOT_OURS = (*FOREIGN, "MLFLOW_TRACKING_URI", "SLURM_JOB_ID", "RAY_ADDRESS")
+NOT_OURS = ("MLFLOW_TRACKING_URI", "SLURM_JOB_ID", "RAY_ADDRESS")  # the sweep has a store and a Ray of its own
 SECONDS = "perf/seconds"
 
 
@@ -44,7 +42,6 @@ def main(arguments: list[str]) -> None:
     values, report = options.parse(arguments)
     training = {"depth": values.depth, "width": values.width, "patch-size": values.patch_size, "batch-size": values.batch_size}
     training |= {"max-steps": values.steps, "eval-every": values.steps, "dataset": "synthetic", "feed": "tensors"}
-    words = [word for name, value in training.items() for word in (f"--{name}", str(value))]
     alone: list[list[Trial]] = []
     together: list[list[Trial]] = []
     started: list[float] = []
@@ -53,7 +50,7 @@ def main(arguments: list[str]) -> None:
             for measured, concurrent in ((alone, 1), (together, 2)):
                 say(f"round {number + 1} of {values.rounds}: trials of {values.depth} layers, {concurrent} at a time")
                 begin = time.time()
-                measured.append(run_sweep(Path(folder), f"{number}-{concurrent}", words, concurrent, values.time_limit))
+                measured.append(run_sweep(Path(folder), f"{number}-{concurrent}", training, concurrent, values.time_limit))
                 started.append(measured[-1][0].begun - begin)
     # From the start of one trial to the start of the next: what Ray does between them belongs to the trial.
     beside = [second.begun - first.begun - first.training for first, second in alone]
@@ -76,12 +73,12 @@ def _training(sweeps: Sequence[Sequence[Trial]]) -> list[float]:
     return [sum(trial.training for trial in trials) / len(trials) for trials in sweeps]
 
 
-def run_sweep(folder: Path, name: str, training: Sequence[str], concurrent: int, limit_s: float) -> list[Trial]:
+def run_sweep(folder: Path, name: str, training: Mapping[str, object], concurrent: int, limit_s: float) -> list[Trial]:
     """A sweep of two equal trainings in a folder, `concurrent` at a time: its trials in the order of their numbers. Raises BenchError."""
     # Two weight decays, which no step is slower or faster for.
-    typed = ["--grid", "weight_decay=0.01,0.02", "--name", name, "--concurrent", str(concurrent), "--cpus-per-trial", "1", *training]
-    command = [sys.executable, "-P", "-m", "deepscale.sweeps.command", *typed]
-    environment = _environment(os.environ)
+    options = {"grid": "weight_decay=0.01,0.02", "name": name, "concurrent": concurrent, "cpus-per-trial": 1, **training}
+    command, environment, shown = start_of("deepscale.sweeps.command", options, threads=1, accelerator="")
+    environment = {name: value for name, value in environment.items() if name not in NOT_OURS}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             code = subprocess.run(
@@ -92,7 +89,7 @@ def run_sweep(folder: Path, name: str, training: Sequence[str], concurrent: int,
             how = f"did not end within {limit_s:.0f} s; type a longer --time-limit or smaller sizes"
         if how:
             output.seek(0)
-            raise BenchError(f"python tune/sweep.py {' '.join(typed)} {how}{tail(output.read())}")
+            raise BenchError(f"{shown} {how}{tail(output.read())}")
     reader = Reader(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
     runs = {int(run.data.tags[TRIAL]): run for run in reader.runs(name, f"tags.{SWEEP} = '{name}' and tags.{TRIAL} != ''")}
     places = {int(place.name.split("-")[0]): place for place in (folder / "sweeps" / name / "trials").iterdir()}
@@ -100,9 +97,3 @@ def run_sweep(folder: Path, name: str, training: Sequence[str], concurrent: int,
         Trial((places[number] / BEGUN).stat().st_mtime, (places[number] / ENDED).stat().st_mtime, runs[number].data.metrics[SECONDS])
         for number in sorted(runs)
     ]
-
-
-def _environment(outer: Mapping[str, str]) -> dict[str, str]:
-    paths = [outer.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
-    own = {name: value for name, value in outer.items() if name not in NOT_OURS}
-    return own | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from deepscale.errors import DeepscaleError, UsageError
+from deepscale.sweeps.programs import WORLD
 from deepscale.world import free_port
 
 TAIL_LINES = 15
-# What a launcher or a job may have set: a measuring process is alone in its world.
-FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SENTENCE = "deepscale: "  # errors.py's mark of a known error
 
 
@@ -85,7 +84,7 @@ def run_here(module: str, options: Mapping[str, object], *, number: int, threads
     new one for each call, which moves the rendezvous to a port of its own. The result is this rank's.
     """
     command, environment, shown = start_of(module, options, threads, "")
-    environment |= {name: os.environ[name] for name in FOREIGN if name in os.environ}
+    environment |= {name: os.environ[name] for name in WORLD if name in os.environ}
     environment |= {"MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + number)}
     # torchrun's own agent keeps the store at its port; at another one rank 0 must do so.
     environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
@@ -97,7 +96,7 @@ def start_of(module: str, options: Mapping[str, object], threads: int, accelerat
     # -P: the working folder is no place of packages. The package's own is, where it is used without being installed.
     command = [sys.executable, "-P", "-m", module]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    environment = {name: value for name, value in os.environ.items() if name not in WORLD}
     paths = [environment.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[2])]
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(threads)}
     environment |= {"DS_ACCELERATOR": accelerator} if accelerator else {}

@@ -1,8 +1,7 @@
-"""Images in grey and of another side, made once, when a data set is in memory.
+"""Images in grey and of another side, made once, when a data set is in memory. Pillow makes them, image for image.
 
-Grey is the luma of ITU-R BT.601, 0.299 red + 0.587 green + 0.114 blue, in Pillow's whole numbers. The side is changed by bilinear
-resampling whose triangle widens with the factor (antialiased), as Pillow does it: columns, then rows, each rounded. All sums are of
-whole numbers, so every machine makes the same pixels and the same digest.
+Grey is the luma of ITU-R BT.601; the side is changed by bilinear resampling whose triangle widens with the factor (antialiased). Pillow
+adds whole numbers in both, so every machine makes the same pixels and the same digest.
 
 Shapes as in splits.py: M images, H height, W width, C channels.
 """
@@ -10,13 +9,9 @@ Shapes as in splits.py: M images, H height, W width, C channels.
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepscale.data.splits import Pixels, Source, Split, digest, measure
-
-LUMA = (19595, 38470, 7471)  # of 2**16
-FRACTION = 22  # bits of a resampling weight
-CHUNK = 1024  # images at once
+from deepscale.errors import MissingPackageError
 
 
 def shaped(source: Source, grey: bool, side: int | None) -> Source:
@@ -34,37 +29,16 @@ def shaped(source: Source, grey: bool, side: int | None) -> Source:
 
 
 def _shaped(images: Pixels, grey: bool, side: int | None) -> Pixels:
+    """(M, H, W, C) -> (M, side, side, 1 in grey). Raises MissingPackageError without Pillow."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingPackageError("pillow", None, "--grey and --image-size") from None
     height, width, channels = images.shape[1:]
     made = np.empty((len(images), side or height, side or width, 1 if grey else channels), np.uint8)
-    for first in range(0, len(images), CHUNK):
-        part = images[first : first + CHUNK]
-        part = luma(part) if grey else part
-        made[first : first + CHUNK] = part if side is None else resampled(part, side)
+    for pixels, place in zip(images, made, strict=True):
+        image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+        image = image.convert("L") if grey else image
+        image = image if side is None else image.resize((side, side), Image.Resampling.BILINEAR)
+        place[:] = np.asarray(image).reshape(place.shape)
     return made
-
-
-def luma(images: Pixels) -> Pixels:
-    """(M, H, W, 3) -> (M, H, W, 1)."""
-    red, green, blue = (images[..., channel].astype(np.uint32) * weight for channel, weight in enumerate(LUMA))
-    return ((red + green + blue + 2**15) >> 16).astype(np.uint8)[..., None]
-
-
-def resampled(images: Pixels, side: int) -> Pixels:
-    """(M, H, W, C) -> (M, side, side, C)."""
-    rows, columns = _triangle(images.shape[1], side), _triangle(images.shape[2], side)
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float64)
-    made = _rounded(rows @ _rounded(pixels @ columns.T))
-    return np.ascontiguousarray(made.transpose(0, 2, 3, 1)).astype(np.uint8)
-
-
-def _rounded(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pixels of weighted sums, which float64 holds exactly (below 2**31), in whatever order a matrix product adds them."""
-    return np.clip(np.floor(sums / 2.0**FRACTION + 0.5), 0, 255)
-
-
-def _triangle(size: int, side: int) -> NDArray[np.float64]:
-    """What each of `size` old pixels gives to each of `side` new ones (side, size): whole numbers, of 2**FRACTION."""
-    centre = (np.arange(side) + 0.5) * size / side
-    distance = np.abs(np.arange(size) + 0.5 - centre[:, None]) / max(1.0, size / side)
-    weights = np.maximum(0.0, 1.0 - distance)
-    return np.floor(weights / weights.sum(axis=1, keepdims=True) * 2**FRACTION + 0.5)

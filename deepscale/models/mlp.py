@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepscale.config import ModelConfig, parse_pairs
+from deepscale.config import ModelConfig
 from deepscale.errors import UsageError
 from deepscale.models.components import MODULES, ChannelNorm
 from deepscale.models.network import Network
 from deepscale.models.registry import Images
+from deepscale.parsing import parse_pairs
 
 GRADIENT_EPS = 1e-6  # the study's
 Pairs = tuple[tuple[int, int], ...]

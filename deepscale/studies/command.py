@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from deepscale import config, errors, resume
-from deepscale.config import parse_count
 from deepscale.errors import UsageError
+from deepscale.parsing import parse_count
 from deepscale.paths import relative_to_here
 from deepscale.studies import stored
-from deepscale.studies.study import CPU, FULL, SCALES, SMOKE, Results, Study, load, names
+from deepscale.studies.study import CPU, FULL, SCALES, SMOKE, STUDIES, Results, Study, load
 from deepscale.sweeps import values
 
 LIST = "list"
@@ -73,7 +73,7 @@ def _write_page(given: Any, found: Results, place: Path) -> None:
 def listing() -> str:
     """Every study with its question and scales."""
     lines = ["usage: deepscale study NAME [--scale smoke|cpu|full] [options]     (deepscale study --help)", ""]
-    known = [load(name) for name in names()]
+    known = [load(name) for name in STUDIES]
     width = max(len(study.name) for study in known)
     for study in known:
         lines += [f"  {study.name:<{width}}  {study.title}", f"  {'':<{width}}  {study.question}"]
@@ -86,7 +86,7 @@ def _parser() -> Any:
         "Run what is missing of a published study, and write its page. Other options are settings of deepscale/train.py that change no result "
         "(--data-dir, --engine, --threads ...).",
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help=f"{LIST}, or one of {', '.join(names())}")
+    parser.add_argument("name", metavar="NAME", nargs="?", help=f"{LIST}, or one of {', '.join(STUDIES)}")
     parser.add_argument(
         "--scale", default=CPU, choices=SCALES, help=f"size: {SMOKE} (seconds), {CPU} (two cores), {FULL} (the original's own) (default: {CPU})"
     )
@@ -159,7 +159,7 @@ def _run(study: Study, scale: str, jobs: list[Any], concurrent: int) -> list[Any
 
 def _raise(failures: list[Any]) -> None:
     """Raises for rows without a result: UsageError where one was refused."""
-    from deepscale.studies.runner import INTERRUPTED, REFUSED
+    from deepscale.sweeps.programs import INTERRUPTED, REFUSED
 
     said = list(dict.fromkeys(end.text for end in failures if end.outcome != INTERRUPTED))
     if not failures:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deepscale import drawing
 from deepscale.studies import figures
-from deepscale.studies.page import amount
+from deepscale.studies.page import accuracies, amount, means
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, FromSweep, Results, Scale, Study
 
 ACTIVATIONS, NORMS, SKIPS = ("gelu", "relu", "tanh", "sigmoid"), ("layernorm", "none"), ("identity", "none")
@@ -32,14 +32,6 @@ GELU, TANH, SIGMOID = (name_of(activation, "layernorm", "identity") for activati
 WITH_SKIP = tuple(name_of(activation, norm, "identity") for norm in NORMS for activation in ACTIVATIONS)
 WITHOUT_SKIP = tuple(name_of(activation, norm, "none") for norm in NORMS for activation in ACTIVATIONS)
 WITHOUT_NORM = tuple(name_of(activation, "none", "identity") for activation in ACTIVATIONS)
-
-
-def _accuracies(cases: Sequence[str]) -> Callable[[Results], str]:
-    def said(found: Results) -> str:
-        values = {name: value for name in cases if (value := found.mean(name)) is not None}
-        return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items())
-
-    return said
 
 
 def _span(cases: Sequence[str]) -> Callable[[Results], str]:
@@ -70,11 +62,6 @@ def _tanh_without_norm(found: Results) -> bool | None:
     reached = {name: value for name, value in accuracies.items() if value is not None}
     tanh = name_of("tanh", "none", "identity")
     return None if len(known) < len(WITH_SKIP) else max(known, key=known.__getitem__) == tanh == min(reached, key=reached.__getitem__)
-
-
-def _gradients(found: Results) -> str:
-    values = {name: value for name in WITH_SKIP if (value := found.mean(name, MEAN_GRADIENT)) is not None}
-    return "first layer's mean |g| over the run: " + ", ".join(f"{amount(value)} ({name})" for name, value in values.items())
 
 
 def _peaks(found: Results) -> dict[str, tuple[float, float, float]]:
@@ -134,12 +121,12 @@ STUDY = Study(
     columns={ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", MEAN_GRADIENT: "first layer's mean gradient"},
     findings=(
         Finding("Without skip connections nothing trains (below 20 %, twice chance).", _nothing_trains, _span(WITHOUT_SKIP)),
-        Finding("tanh with LayerNorm is competitive: within 5 points of GELU with LayerNorm.", _close(TANH, GELU), _accuracies((TANH, GELU))),
-        Finding("sigmoid with LayerNorm is competitive: within 5 points of GELU.", _close(SIGMOID, GELU), _accuracies((SIGMOID, GELU))),
+        Finding("tanh with LayerNorm is competitive: within 5 points of GELU with LayerNorm.", _close(TANH, GELU), accuracies(TANH, GELU)),
+        Finding("sigmoid with LayerNorm is competitive: within 5 points of GELU.", _close(SIGMOID, GELU), accuracies(SIGMOID, GELU)),
         Finding("sigmoid without LayerNorm is like GELU without: within 5 points.", _close(WITHOUT_NORM[3], WITHOUT_NORM[0]),
-                _accuracies((WITHOUT_NORM[3], WITHOUT_NORM[0]))),
+                accuracies(WITHOUT_NORM[3], WITHOUT_NORM[0])),
         Finding("tanh without LayerNorm has the highest mean gradient and the lowest accuracy of all with skip connections.",
-                _tanh_without_norm, _gradients),
+                _tanh_without_norm, means("first layer's mean |g| over the run", WITH_SKIP, MEAN_GRADIENT)),
         Finding(f"With LayerNorm the first layer's gradient rises to about {EARLY_PEAK:g} early (within 2 times), then falls to less than half.",
                 _rises_and_falls, _peaks_said),
     ),

@@ -1,8 +1,8 @@
 """Study 1, depth: the same network from 26 to 10,001 layers. Do all depths train, and is the first layer's gradient the same at every depth?"""
 
 from deepscale.studies import figures
-from deepscale.studies.page import amount
-from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
+from deepscale.studies.page import accuracies, amount
+from deepscale.studies.study import CPU, FULL, SMOKE, TINY, Case, Figure, Finding, Results, Scale, Study
 
 GRADIENT = "grad/first_layer_mean_abs"
 MEAN_GRADIENT = f"{GRADIENT} mean over the run"
@@ -59,11 +59,6 @@ def _converges(found: Results) -> bool | None:
     return found.converged() if found.converged(name_of(26)) else None
 
 
-def _accuracies(found: Results) -> str:
-    values = {name: value for name in found.groups if (value := found.mean(name)) is not None}
-    return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items())
-
-
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{amount(value)} ({name})" for name, value in values.items())
 
@@ -76,12 +71,9 @@ STUDY = Study(
     cases=tuple(Case(name_of(depth), {"depth": str(depth)}, published) for depth, published in DEPTHS.items()),
     scales={
         SMOKE: Scale(
-            {
-                "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "6",
-                "eval_images": "40", "engine": "torch", "kernel": "torch",
-            },
+            TINY,
             cases=(name_of(26),),
-            note="26 layers of width 4 on synthetic images, six steps: only the machinery",
+            note="26 layers of width 4 on synthetic images, four steps: only the machinery",
         ),
         CPU: Scale(
             {**RECIPE, "width": "8", "patch_size": "4", "lr": "2e-3", "max_steps": "350", "eval_every": "175", "eval_images": "2000"},
@@ -99,11 +91,11 @@ STUDY = Study(
     },
     columns={
         ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", MEAN_GRADIENT: "first layer's gradient, mean over the run",
-        "parameters": "parameters", "perf/step_s median": "s per step",
+        "parameters": "parameters",
     },
     findings=(
-        Finding("Networks of all depths converge.", _converges, _accuracies),
-        Finding(f"Networks of all depths learn: validation accuracy above {LEARNED:.0%}, twice chance, after the same steps.", _learns, _accuracies),
+        Finding("Networks of all depths converge.", _converges, accuracies()),
+        Finding(f"Networks of all depths learn: validation accuracy above {LEARNED:.0%}, twice chance, after the same steps.", _learns, accuracies()),
         Finding(f"The first layer's gradient at the first step is similar at every depth: within {SIMILAR:g} times.", _similar_at_start, _start),
         Finding(
             f"So it is over the whole run: its mean is within {SIMILAR:g} times.", _similar_over_the_run,

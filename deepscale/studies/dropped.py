@@ -11,7 +11,8 @@ from deepscale.bench.report import number
 from deepscale.engine import TorchEngine
 from deepscale.models.convnext import ConvNeXt, cross_entropy, use_kernel
 from deepscale.studies import figures
-from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Measured, Results, Scale, Settings, Study
+from deepscale.studies.page import accuracies
+from deepscale.studies.study import CPU, FULL, SMOKE, TINY, Case, Figure, Finding, Measured, Results, Scale, Settings, Study
 from deepscale.sweeps import values
 from deepscale.world import World
 
@@ -101,11 +102,6 @@ def _alike(found: Results) -> bool | None:
     return None if len(known) < len(pairs) else max(known) <= BESIDE
 
 
-def _accuracies(found: Results) -> str:
-    values = {name: value for name in found.groups if (value := found.mean(name)) is not None}
-    return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items())
-
-
 def _draw_time(found: Results, path: Path) -> bool:
     """Share of a step's time against the last block's rate."""
     known = {case.name: value for case in CASES if (value := found.mean(TIMED, f"{case.name}: share")) is not None}
@@ -139,10 +135,7 @@ STUDY = Study(
     cases=(*CASES, Case(TIMED, compute=time_in_turn)),
     scales={
         SMOKE: Scale(
-            {
-                "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "4", "depth": "110",
-                "eval_images": "40", "engine": "torch", "kernel": "torch",
-            },
+            {**TINY, "depth": "110"},
             cases=(blocks(0.5),),
             note="110 layers of width 4 on synthetic images, four steps: only the machinery",
         ),
@@ -168,7 +161,7 @@ STUDY = Study(
         Finding(f"Dropping whole blocks saves at least {SAVED:.0%} of the time that the dropped ones would take (half the last block's rate).",
                 _saves, lambda found: _shares([blocks(rate) for rate in RATES], found)),
         Finding("Dropping blocks for single images saves no time.", _saves_nothing, lambda found: _shares([images(rate) for rate in IMAGES], found)),
-        Finding("Stochastic depth of rate 0.5 reaches more than none.", _improves, _accuracies),
+        Finding("Stochastic depth of rate 0.5 reaches more than none.", _improves, accuracies()),
         Finding(f"For whole batches it is as good as for single images: within {BESIDE:.0%} of validation accuracy.", _alike),
     ),
     figures=(

@@ -2,7 +2,7 @@
 
 from deepscale.studies import figures
 from deepscale.studies.components import from_sweep
-from deepscale.studies.page import amount
+from deepscale.studies.page import accuracies, means
 from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Results, Scale, Study
 
 ACCURACY, GRADIENT = "val/accuracy", "grad/first_layer_mean_abs"
@@ -38,20 +38,10 @@ def _stable(found: Results) -> bool | None:
     return len(values) == len(rows) and min(values) > ABOVE_CHANCE if rows and values else None
 
 
-def _accuracies(found: Results) -> str:
-    values = {name: value for name in ORIGINAL if (value := found.mean(name)) is not None}
-    return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items()) if values else ""
-
-
 def _order(found: Results) -> bool | None:
     values = {name: found.mean(name, MEAN_GRADIENT) for name in ORIGINAL}
     known = {name: value for name, value in values.items() if value is not None}
     return None if len(known) < len(ORIGINAL) else max(known, key=known.__getitem__) == name_of("1e-6", "scalar")
-
-
-def _gradients(found: Results) -> str:
-    values = {name: value for name in ORIGINAL if (value := found.mean(name, MEAN_GRADIENT)) is not None}
-    return "mean |g| over the run: " + ", ".join(f"{amount(value)} ({name})" for name, value in values.items()) if values else ""
 
 
 STUDY = Study(
@@ -70,8 +60,9 @@ STUDY = Study(
     },
     columns={ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", MEAN_GRADIENT: "first layer's mean gradient"},
     findings=(
-        Finding(f"All of gamma 0, 1e-6, 1 and none train stably (above {ABOVE_CHANCE:.0%}, twice chance, all seeds).", _stable, _accuracies),
-        Finding("The first layer's gradient is by far the largest with gamma 1e-6.", _order, _gradients),
+        Finding(f"All of gamma 0, 1e-6, 1 and none train stably (above {ABOVE_CHANCE:.0%}, twice chance, all seeds).", _stable,
+                accuracies(*ORIGINAL)),
+        Finding("The first layer's gradient is by far the largest with gamma 1e-6.", _order, means("mean |g| over the run", ORIGINAL, MEAN_GRADIENT)),
     ),
     figures=(
         Figure("curves", "Loss, validation accuracy and the first layer's gradient while the networks train: mean over the seeds, bands of one "

@@ -1,10 +1,12 @@
 """Depth without normalisation: which initial weights and scales keep the gradient level over 10,001 layers, and which of them train."""
 
 import math
+from collections.abc import Callable
 
 from deepscale.bench.report import number
 from deepscale.studies import figures
-from deepscale.studies.study import CPU, FULL, SMOKE, Case, Converged, Figure, Finding, Results, Scale, Settings, Study
+from deepscale.studies.page import accuracies
+from deepscale.studies.study import CPU, FULL, SMOKE, TINY, Case, Converged, Figure, Finding, Results, Scale, Settings, Study
 
 ACCURACY, GRADIENT = "val/accuracy", "grad/first_layer_mean_abs"
 SLOPE, LARGEST = "grad/slope_decades_per_1000_layers", "grad/largest_last_ratio"
@@ -69,15 +71,11 @@ def _train(depth: int) -> Finding:
     def holds(found: Results) -> bool | None:
         return found.converged(*(trained(method, depth) for method in REMEDIES))
 
-    def said(found: Results) -> str:
-        return _accuracies(found, depth)
-
-    return Finding(f"All four train {depth:,} layers without a norm: validation accuracy above {LEARNED:.0%}.", holds, said)
+    return Finding(f"All four train {depth:,} layers without a norm: validation accuracy above {LEARNED:.0%}.", holds, _reached(depth))
 
 
-def _accuracies(found: Results, depth: int) -> str:
-    values = {method: found.mean(trained(method, depth)) for method in METHODS}
-    return "validation accuracy: " + ", ".join(f"{value:.1%} ({method})" for method, value in values.items() if value is not None)
+def _reached(depth: int) -> Callable[[Results], str]:
+    return accuracies(*(trained(method, depth) for method in METHODS))
 
 
 def _as_good(found: Results) -> bool | None:
@@ -111,10 +109,7 @@ STUDY = Study(
     cases=CASES,
     scales={
         SMOKE: Scale(
-            {
-                "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "4",
-                "eval_images": "40", "engine": "torch", "kernel": "torch",
-            },
+            TINY,
             cases=(trained("Fixup", SHALLOW), trained("DeepNorm", SHALLOW)),
             note="width 4 on synthetic images, four steps: only the machinery",
         ),
@@ -145,7 +140,7 @@ STUDY = Study(
         Finding("He's weights alone train neither depth without a norm.", _fails),
         _train(SHALLOW), _train(DEEP),
         Finding(f"The best of the four is as good as LayerNorm at {DEEP:,} layers after the same steps: within {BESIDE:.0%}.", _as_good,
-                lambda found: _accuracies(found, DEEP)),
+                _reached(DEEP)),
     ),
     figures=(
         Figure("init", f"The gradient at the block outputs of {DEEPEST:,} layers at their initial values (the second of two steps; seed 0). What is "

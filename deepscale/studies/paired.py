@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from deepscale.bench.report import number
 from deepscale.studies import at_start, figures
 from deepscale.studies.at_start import LEFT, MEDIAN, NEAR_ONE, SIGNAL, ZERO
-from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, Case, Converged, Figure, Finding, Results, Scale, Study
+from deepscale.studies.page import accuracies
+from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, TINY, Case, Converged, Figure, Finding, Results, Scale, Study
 
 GRADIENT = "grad/first_layer_mean_abs"
 LEARNED = 0.2  # validation accuracy: twice chance
@@ -71,13 +72,8 @@ def _as_good(found: Results) -> bool | None:
     return None if best is None or skip is None else best >= skip - NEAR
 
 
-def _accuracies(depths: tuple[int, ...] = DEPTHS) -> Callable[[Results], str]:
-    def measured(found: Results) -> str:
-        names = [name_of(depth, name) for depth in depths for name in (WITH_SKIP, *INITS)]
-        values = {name: value for name in names if (value := found.mean(name)) is not None}
-        return "validation accuracy: " + ", ".join(f"{value:.1%} ({name})" for name, value in values.items()) if values else ""
-
-    return measured
+def _reached(depths: tuple[int, ...] = DEPTHS) -> Callable[[Results], str]:
+    return accuracies(*(name_of(depth, name) for depth in depths for name in (WITH_SKIP, *INITS)))
 
 
 def _left(found: Results) -> dict[str, float]:
@@ -116,10 +112,7 @@ STUDY = Study(
     cases=(*_trainings(), *_probes()),
     scales={
         SMOKE: Scale(
-            {
-                "dataset": "synthetic", "feed": "tensors", "width": "2", "patch_size": "4", "batch_size": "16", "max_steps": "6",
-                "eval_images": "40", "engine": "torch", "kernel": "torch", "lr": "1e-3",
-            },
+            {**TINY, "width": "2", "lr": "1e-3"},
             cases=(name_of(110, "mirrored"), name_of(PROBED, "mirrored, before training")),
             changes={name_of(110, "mirrored"): {"depth": "26"}, name_of(PROBED, "mirrored, before training"): {"depth": "110"}},
             note="26 and 110 layers of width 2 on synthetic images: only the machinery",
@@ -152,15 +145,15 @@ STUDY = Study(
         NEAR_ONE: "within 10 times of the largest", "perf/step_s median": "s per step",
     },
     findings=(
-        Finding("Without skip connections nothing trains at 1,004 layers, with whatever initial weights.", _nothing_trains, _accuracies((1004,))),
+        Finding("Without skip connections nothing trains at 1,004 layers, with whatever initial weights.", _nothing_trains, _reached((1004,))),
         Finding(
             "With weights that are drawn one without the other (normal of deviation 0.02 as published, Kaiming, orthogonal) it does not train.",
-            _independent_do_not, _accuracies(),
+            _independent_do_not, _reached(),
         ),
-        Finding("With weights of which a block is an isometry (paired, mirrored) it trains, at 110 and 1,004 layers.", _paired_do, _accuracies()),
+        Finding("With weights of which a block is an isometry (paired, mirrored) it trains, at 110 and 1,004 layers.", _paired_do, _reached()),
         Finding(
             f"At 110 layers the best of them without skip connections gets within {NEAR * 100:g} points of the accuracy with them.",
-            _as_good, _accuracies((110,)),
+            _as_good, _reached((110,)),
         ),
         Finding(
             f"At {PROBED:,} layers weights drawn one without the other lose the gradient, or it explodes: by more than {FLAT:g} times.",

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from deepscale.bench.report import number
 from deepscale.studies import at_start, figures
 from deepscale.studies.at_start import LARGEST, LEFT, MEDIAN, NEAR_ONE, SIGNAL, SMALLEST, ZERO
-from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, Case, Converged, Figure, Finding, Results, Scale, Study
+from deepscale.studies.page import accuracies
+from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, TINY, Case, Converged, Figure, Finding, Results, Scale, Study
 
 GRADIENT = "grad/first_layer_mean_abs"
 INITS = {"delta-orthogonal": {"init": "delta-orthogonal"}, "normal": {"init": "normal"}, "kaiming": {"init": "kaiming"}}
@@ -47,15 +48,8 @@ def _others_do_not(found: Results) -> bool | None:
     return all(known) if known else None
 
 
-def _accuracies(depths: tuple[int, ...], inits: tuple[str, ...]) -> Callable[[Results], str]:
-    def measured(found: Results) -> str:
-        names = [trained(depth, init) for depth in depths for init in inits]
-        values = {name: value for name in names if (value := found.mean(name)) is not None}
-        ends = {name: found[name].rows[0].outcome for name in names if found[name].rows and name not in values}
-        said = [f"{value:.1%} ({name})" for name, value in values.items()] + [f"{end.replace('_', ' ')} ({name})" for name, end in ends.items()]
-        return "validation accuracy: " + ", ".join(said) if said else ""
-
-    return measured
+def _reached(depths: tuple[int, ...], inits: tuple[str, ...]) -> Callable[[Results], str]:
+    return accuracies(*(trained(depth, init) for depth in depths for init in inits))
 
 
 def _left(found: Results, init: str) -> dict[int, float | None]:
@@ -113,12 +107,9 @@ STUDY = Study(
     cases=(*_trainings(), *_probes()),
     scales={
         SMOKE: Scale(
-            {
-                "model": "plain", "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "8", "batch_size": "16", "max_steps": "6",
-                "eval_images": "40", "engine": "torch", "lr": "1e-3",
-            },
+            {**{name: text for name, text in TINY.items() if name != "kernel"}, "model": "plain", "patch_size": "8", "lr": "1e-3"},
             cases=(trained(100, ORTHOGONAL), probed(1_000, ORTHOGONAL), probed(1_000, "normal")),
-            note="width 4 on synthetic images, six steps; gradient and singular values of 1,000 layers",
+            note="width 4 on synthetic images, four steps; gradient and singular values of 1,000 layers",
         ),
         CPU: Scale(
             {
@@ -151,9 +142,9 @@ STUDY = Study(
         LARGEST: "largest", "perf/step_s median": "s per step",
     },
     findings=(
-        *(Finding(f"{depth:,} plain layers train with delta-orthogonal weights.", _it_trains(depth), _accuracies((depth,), (ORTHOGONAL,)))
+        *(Finding(f"{depth:,} plain layers train with delta-orthogonal weights.", _it_trains(depth), _reached((depth,), (ORTHOGONAL,)))
           for depth in DEPTHS),
-        Finding("With normal weights (deviation 0.02) and with Kaiming's none of these depths trains.", _others_do_not, _accuracies(DEPTHS, FAILING)),
+        Finding("With normal weights (deviation 0.02) and with Kaiming's none of these depths trains.", _others_do_not, _reached(DEPTHS, FAILING)),
         Finding(f"Delta-orthogonal weights keep the gradient within {FLAT:g} times over all layers, at every depth.", _keeps, _gradients(ORTHOGONAL)),
         Finding(f"With the others it vanishes or explodes by more than {FLAT:g} times at 1,000 layers and more.", _lose, _gradients(*FAILING)),
         Finding(

@@ -24,21 +24,17 @@ import torch
 
 from deepscale import config, errors
 from deepscale.errors import UsageError
-from deepscale.folder_lock import LOCK
 from deepscale.studies import row, stored
 from deepscale.studies.row import Job
 from deepscale.studies.stored import Key
 from deepscale.studies.study import Case, Phase, Results, Study
 from deepscale.sweeps import values
+from deepscale.sweeps.programs import ENDS, INTERRUPTED, PATIENCE_S, REFUSED, WORLD, how, last_words, wait_for_predecessor
 from deepscale.sweeps.tags import FINISHED
-from deepscale.sweeps.trial import ENDS, how, last_words
 from deepscale.tracking_store import store_uri
 
-FAILED, REFUSED, INTERRUPTED, ELSEWHERE = "failed", "refused", "interrupted", "elsewhere"
+FAILED, ELSEWHERE = "failed", "elsewhere"
 POLL_S = 0.1
-PATIENCE_S = 90.0  # from SIGTERM, after which a training writes a checkpoint, to SIGKILL
-PREDECESSOR_S = 120.0  # for the training of a study that was killed, which still writes its checkpoint
-OWN_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a row is one of its own
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Runner:
         self.slots: queue.SimpleQueue[str] = queue.SimpleQueue()
         for i in range(self.concurrent):
             self.slots.put(gpus[i % len(gpus)] if gpus else "")
-        self.environment = {name: value for name, value in os.environ.items() if name not in OWN_WORLD}
+        self.environment = {name: value for name, value in os.environ.items() if name not in WORLD}
         self.environment |= {"MLFLOW_TRACKING_URI": store_uri(), "PYTHONUNBUFFERED": "1"}
 
     def __call__(self) -> list[End]:
@@ -157,7 +153,7 @@ class Runner:
     def _run(self, job: Job, slot: str) -> End:
         ended = FINISHED
         for i, phase in enumerate(job.phases):
-            _wait_for_predecessor(job.place(phase))
+            wait_for_predecessor(job.place(phase))
             code = self._process(job, slot, row.train, job.arguments(i))
             if code not in ENDS:
                 return self._without_result(job, code)
@@ -201,11 +197,3 @@ def _gpus() -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return (named or [str(i) for i in range(count)])[:count]
-
-
-def _wait_for_predecessor(checkpoints: Path) -> None:
-    from filelock import FileLock
-
-    if checkpoints.is_dir():
-        with FileLock(checkpoints / LOCK).acquire(timeout=PREDECESSOR_S):
-            pass

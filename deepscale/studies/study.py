@@ -14,20 +14,24 @@ Numbers are in the unit of their metric: accuracies are shares (0.94), gradients
 """
 
 import importlib
-import importlib.util
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepscale.errors import unknown_choice
+from deepscale.sweeps.means import OverSeeds
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, STOPPED_EARLY
 
 # Studies in the order in which they are listed; each is the `STUDY` of the module of its name.
 STUDIES = ("toy", "depth", "components", "layerscale", "limit", "vgg", "mlp", "plain", "paired", "normfree", "dropped", "used")
 SMOKE, CPU, FULL = SCALES = ("smoke", "cpu", "full")
 ACCURACY = "val/accuracy"
+# Of smoke scale: a ConvNeXt of a few small steps.
+TINY = {
+    "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "4", "eval_images": "40",
+    "engine": "torch", "kernel": "torch",
+}  # fmt: skip
 PREVIOUS = "{previous}"  # in a phase's settings: the folder in which the phase before has left its model.safetensors
 
 Settings = Mapping[str, str]
@@ -140,7 +144,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(OverSeeds):
     """The rows of a case, which differ in their seed alone. Means are over those that finished."""
 
     case: Case
@@ -155,16 +159,6 @@ class Group:
     def values(self, metric: str) -> list[float]:
         """Last values of a metric, one for each seed."""
         return [row.numbers[metric] for row in self.measured if metric in row.numbers]
-
-    def mean(self, metric: str) -> float | None:
-        """Mean over the seeds; None where nothing was measured."""
-        values = self.values(metric)
-        return statistics.fmean(values) if values else None
-
-    def deviation(self, metric: str) -> float | None:
-        """Standard deviation over the seeds (of a sample: n - 1); None below two."""
-        values = self.values(metric)
-        return statistics.stdev(values) if len(values) > 1 else None
 
     def converged(self) -> tuple[int, int]:
         """(how many rows have converged, of how many that could tell)."""
@@ -272,14 +266,9 @@ class Study:
         return {**own.fixed, **case.settings, **(phase.settings if phase else {}), **own.changes.get(case.name, {})}
 
 
-def names() -> tuple[str, ...]:
-    """The studies that there are."""
-    return tuple(name for name in STUDIES if importlib.util.find_spec(f"deepscale.studies.{name}"))
-
-
 def load(name: str) -> Study:
     """A study by its name. Raises UsageError, listing the known ones."""
-    if name not in names():
-        raise unknown_choice("the study", name, names())
+    if name not in STUDIES:
+        raise unknown_choice("the study", name, STUDIES)
     study: Study = importlib.import_module(f"deepscale.studies.{name}").STUDY
     return study

@@ -10,7 +10,7 @@ from deepscale.bench.report import number
 from deepscale.checkpoints.trained import trained
 from deepscale.evaluate import open_trained
 from deepscale.studies import figures
-from deepscale.studies.study import CPU, FULL, SMOKE, Case, Figure, Finding, Measured, Results, Scale, Settings, Study
+from deepscale.studies.study import CPU, FULL, SMOKE, TINY, Case, Figure, Finding, Measured, Results, Scale, Settings, Study
 
 ACCURACY, EFFECTIVE, BLOCKS, NEEDED = "val/accuracy", "effective blocks", "blocks", "blocks needed"
 LEAST, ANY = "accuracy without the least used", "accuracy without blocks drawn at random"
@@ -155,10 +155,7 @@ STUDY = Study(
     cases=tuple(Case(name_of(depth), {"depth": str(depth)}, after=measure) for depth in DEPTHS),
     scales={
         SMOKE: Scale(
-            {
-                "dataset": "synthetic", "feed": "tensors", "width": "4", "patch_size": "4", "batch_size": "16", "max_steps": "4", "keep": "100",
-                "layerscale_init": "0", "checkpoint_every": "2steps", "eval_images": "40", "engine": "torch", "kernel": "torch",
-            },
+            {**TINY, "keep": "100", "layerscale_init": "0", "checkpoint_every": "2steps"},
             cases=(name_of(26),),
             note="26 layers of width 4 on synthetic images, four steps: only the machinery",
         ),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from deepscale.bench.report import number
 from deepscale.studies import figures
+from deepscale.studies.page import accuracies
 from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, Case, Converged, Figure, Finding, Results, Scale, Study
 
 LOSS, TRAIN_LOSS, TRAIN_ACCURACY = "val/loss", "train/loss", "train/accuracy"
@@ -89,14 +90,6 @@ def _above(higher: str, lower: str) -> Callable[[Results], bool | None]:
     return holds
 
 
-def _accuracies(*cases: str) -> Callable[[Results], str]:
-    def measured(found: Results) -> str:
-        values = {case: value for case in cases if (value := found.mean(case)) is not None}
-        return "validation accuracy: " + ", ".join(f"{value:.1%} ({case})" for case, value in values.items()) if values else ""
-
-    return measured
-
-
 def left_at_entry(found: Results, case: str) -> float | None:
     """The entry convolution's mean |g| over the linear layer's, at the first record of the first seed."""
     records = next((row.profiles["mean_abs"] for row in found[case].rows if row.profiles.get("mean_abs")), None)
@@ -148,19 +141,19 @@ STUDY = Study(
         "test/accuracy": "test", "perf/step_s median": "s per step",
     },
     findings=(
-        Finding("Without BatchNorm and residual connections VGG38 stays at chance.", _at_chance, _accuracies(PLAIN, PLAIN + PATTERNS)),
-        Finding("So depth alone does harm: VGG08 is above it.", _above("VGG08", PLAIN), _accuracies("VGG08", PLAIN)),
-        Finding("With BatchNorm VGG38 trains.", _learn(BN, BN + PATTERNS), _accuracies(BN, BN + PATTERNS)),
-        Finding("With residual connections and without any norm it trains.", _learn(RC, RC + PATTERNS), _accuracies(RC, RC + PATTERNS)),
-        Finding("With both it trains.", _learn(BOTH, BOTH + PATTERNS), _accuracies(BOTH, BOTH + PATTERNS)),
-        Finding("Residual connections without BatchNorm give more than BatchNorm without them (lr 1e-3).", _above(RC, BN), _accuracies(RC, BN)),
-        Finding("Both together give more than residual connections alone.", _above(BOTH, RC), _accuracies(BOTH, RC)),
+        Finding("Without BatchNorm and residual connections VGG38 stays at chance.", _at_chance, accuracies(PLAIN, PLAIN + PATTERNS)),
+        Finding("So depth alone does harm: VGG08 is above it.", _above("VGG08", PLAIN), accuracies("VGG08", PLAIN)),
+        Finding("With BatchNorm VGG38 trains.", _learn(BN, BN + PATTERNS), accuracies(BN, BN + PATTERNS)),
+        Finding("With residual connections and without any norm it trains.", _learn(RC, RC + PATTERNS), accuracies(RC, RC + PATTERNS)),
+        Finding("With both it trains.", _learn(BOTH, BOTH + PATTERNS), accuracies(BOTH, BOTH + PATTERNS)),
+        Finding("Residual connections without BatchNorm give more than BatchNorm without them (lr 1e-3).", _above(RC, BN), accuracies(RC, BN)),
+        Finding("Both together give more than residual connections alone.", _above(BOTH, RC), accuracies(BOTH, RC)),
         Finding("With BatchNorm alone the higher learning rate gives more; the coursework left 1e-3 open.", _above(BN + FAST, BN),
-                _accuracies(BN, BN + FAST)),
-        Finding("With both it gives more, too; the coursework left 1e-2 open.", _above(BOTH + FAST, BOTH), _accuracies(BOTH, BOTH + FAST)),
+                accuracies(BN, BN + FAST)),
+        Finding("With both it gives more, too; the coursework left 1e-2 open.", _above(BOTH + FAST, BOTH), accuracies(BOTH, BOTH + FAST)),
         Finding("Residual connections around the reduction blocks, the coursework's open question, give more with BatchNorm.",
-                _above(BOTH + REDUCED, BOTH), _accuracies(BOTH, BOTH + REDUCED)),
-        Finding("They give more without it.", _above(RC + REDUCED, RC), _accuracies(RC, RC + REDUCED)),
+                _above(BOTH + REDUCED, BOTH), accuracies(BOTH, BOTH + REDUCED)),
+        Finding("They give more without it.", _above(RC + REDUCED, RC), accuracies(RC, RC + REDUCED)),
         Finding(f"In plain VGG38 the gradient vanishes: the entry's is below {VANISHED:g} of the last layer's at first, and with both above.",
                 _vanishes, _shares),
     ),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deepscale import config, errors, resume
-from deepscale.config import parse_count
 from deepscale.errors import UsageError
 from deepscale.files import atomic
+from deepscale.parsing import parse_count
 from deepscale.paths import as_folder
 from deepscale.sweeps import driver, preview, search, space, summary
 from deepscale.sweeps.space import Space

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deepscale.config import parse_count
 from deepscale.errors import UsageError, unknown_choice
+from deepscale.parsing import parse_count
 from deepscale.sweeps import values
 from deepscale.sweeps.texts import where_of
 from deepscale.sweeps.values import Range

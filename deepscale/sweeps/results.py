@@ -6,7 +6,6 @@ store or in several (each trial of a job on a cluster writes its own); where a t
 
 import math
 import re
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from deepscale import config
 from deepscale.config import Config
 from deepscale.curves import LOCAL
 from deepscale.errors import UsageError
+from deepscale.sweeps.means import OverSeeds
 from deepscale.sweeps.tags import AXES, CONVERGED, ENDED, FINISHED, METRIC, MODE, NON_FINITE, SPACE, STOPPED_EARLY, SWEEP, TRIAL, TRIALS
 from deepscale.tracking_read import MlflowRun, Reader, listed
 from deepscale.tracking_store import shown
@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(OverSeeds):
     """The trials of one choice of settings, which differ in their seed alone."""
 
     settings: dict[str, str]
@@ -79,16 +79,6 @@ class Point:
     def values(self, metric: str) -> list[float]:
         """Last values of a metric."""
         return [row.numbers[metric] for row in self.measured if metric in row.numbers]
-
-    def mean(self, metric: str) -> float | None:
-        """Mean over the seeds."""
-        values = self.values(metric)
-        return statistics.fmean(values) if values else None
-
-    def deviation(self, metric: str) -> float | None:
-        """Standard deviation over the seeds (of a sample: n - 1); None below two."""
-        values = self.values(metric)
-        return statistics.stdev(values) if len(values) > 1 else None
 
     def converged(self, above: float) -> tuple[int, int]:
         """(how many trials have converged, of how many)."""

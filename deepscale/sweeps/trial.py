@@ -30,23 +30,18 @@ from typing import Any
 from deepscale import errors
 from deepscale.files import atomic
 from deepscale.sweeps import values
+from deepscale.sweeps.programs import ENDS, INTERRUPTED, PATIENCE_S, REFUSED, WORLD, how, last_words, wait_for_predecessor
 from deepscale.sweeps.search import BEGUN, ENDED
 from deepscale.sweeps.space import Space, Trial, training_arguments
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, OUT_OF_MEMORY, STOPPED_EARLY, tags
 
-REFUSED, INTERRUPTED = "refused", "interrupted"
 TOLD = ("step", "val/accuracy", "val/loss", "test/accuracy")
-# Exit codes of a training after which nothing is left to train: these are results, and a second try would end in the same way.
-ENDS = {0: FINISHED, errors.NonFiniteError.exit_code: NON_FINITE, errors.OutOfMemoryError.exit_code: OUT_OF_MEMORY}
 STOP = "stop"  # in the sweep's folder
 STOPPED = "stopped"  # in a trial's: the scheduler has stopped it
 # Whatever ends Ray's worker asks the training to stop, which then keeps a checkpoint.
 END_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
-RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a trial is a world of its own
 POLL_S = 0.2
 OTHERS_S = 10.0  # for the other ranks to see by themselves that one has gone, and for rank 0 to close the record
-PATIENCE_S = 90.0  # from SIGTERM, after which a training writes a checkpoint, to SIGKILL
-PREDECESSOR_S = 120.0  # for the same trial of a sweep that was killed, which still writes its checkpoint
 PORTS = (20_000, 30_000)  # below those that the system gives away by itself
 
 
@@ -123,7 +118,7 @@ class Rank:
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], folder: str, output: str) -> None:
         """Starts the training, which ends when this process does."""
-        own = {name: value for name, value in os.environ.items() if name not in RANK} | dict(environment)
+        own = {name: value for name, value in os.environ.items() if name not in WORLD} | dict(environment)
         with open(output, "ab") as file:
             self.process = subprocess.Popen(
                 [*END_WITH_PARENT, sys.executable, *command], cwd=folder, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
@@ -153,7 +148,7 @@ class Training:
         if self.outcome is None and not sweep.stop_file.exists():
             self._write(BEGUN)
             (self.place / STOPPED).unlink(missing_ok=True)
-            _wait_for_predecessor(self.place / "checkpoints")
+            wait_for_predecessor(self.place / "checkpoints")
             self._start()
 
     def _start(self) -> None:
@@ -324,21 +319,6 @@ def _steps(space: Space) -> float:
     return math.inf if given is None else int(given)
 
 
-def last_words(path: Path) -> str:
-    """The sentence with which a training ended, or its last line."""
-    try:
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
-    said = [line for line in lines if line.startswith("deepscale: ")]
-    return (said or lines or ["it has said nothing"])[-1].removeprefix("deepscale: ")[:500]
-
-
-def how(code: int) -> str:
-    """ "with exit code 1", "by signal SIGKILL"."""
-    return f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-
-
 def free_port() -> int:
     """A TCP port that nobody listens on now, out of a range that no outgoing connection takes meanwhile."""
     while True:
@@ -346,15 +326,6 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port
-
-
-def _wait_for_predecessor(checkpoints: Path) -> None:
-    """Until the same trial of a sweep that was killed has written its last checkpoint."""
-    from filelock import FileLock
-
-    if checkpoints.is_dir():
-        with FileLock(checkpoints / "lock").acquire(timeout=PREDECESSOR_S):
-            pass
 
 
 def _remote_rank(bundle: int) -> Any:
