@@ -465,4 +465,4 @@ def test_bench_sweep_sets_trials_beside_their_training(bench: Callable[..., Rows
 def test_bench_sweep_says_why_a_sweep_failed(in_tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(worker.BenchError, match=r"--depth 14 --width 0 ended with exit code 2(.|\n)*--width"):
-        sweep.run_sweep(in_tmp_path, "broken", ["--depth", "14", "--width", "0"], 1, 60.0)
+        sweep.run_sweep(in_tmp_path, "broken", {"depth": 14, "width": 0}, 1, 60.0)

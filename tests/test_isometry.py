@@ -35,6 +35,7 @@ def test_the_jacobian_is_autograds() -> None:
     expected = torch.autograd.functional.jacobian(body, x).view(12, 32)
     torch.testing.assert_close(jacobian(body, x), expected)
     torch.testing.assert_close(singular_values(body, x), torch.linalg.svdvals(expected))
+    assert singular_values(lambda x: body(x) * torch.inf, x).isnan().all()
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])

@@ -22,8 +22,10 @@ def jacobian(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def singular_values(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Those of the Jacobian, descending, float64. Of isometric layers all are 1, however many there are (Saxe et al., arXiv:1312.6120)."""
-    return torch.linalg.svdvals(jacobian(body, x).double())
+    """Those of the Jacobian, descending, float64; NaN where it is not finite. Of isometric layers all are 1, however many there are (Saxe et
+    al., arXiv:1312.6120)."""
+    rows = jacobian(body, x).double()
+    return torch.linalg.svdvals(rows) if bool(rows.isfinite().all()) else rows.new_full((min(rows.shape),), torch.nan)
 
 
 def longest_part(model: Network) -> tuple[str, nn.Sequential]:

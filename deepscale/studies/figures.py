@@ -3,7 +3,7 @@
 Each function makes what a `Figure` of study.py draws with: `Figure("curves", "...", figures.curves("train/loss", "val/accuracy"))`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from deepscale.studies.study import Group, Points, Results, Row
 Draw = Callable[[Results, Path], bool]
 Doubles = NDArray[np.float64]
 COLOURS = (*drawing.COLOURS, "#000000", "#8f8f8f")
+BEYOND = 10.0  # times the usual height of a line
 STYLES = ("-", (0, (4, 2)), (0, (1.5, 1.5)))
 # Metric or field -> (axis label with its unit, what it is multiplied with, whether the axis is logarithmic).
 AXES: dict[str, tuple[str, float, bool]] = {
@@ -29,7 +30,7 @@ AXES: dict[str, tuple[str, float, bool]] = {
     "output_grad_l2": ("gradient at the block outputs, L2 norm", 1.0, True),
     "use": ("|branch| / |stream| of a block", 1.0, True),
     "gamma": ("|gamma|", 1.0, True),
-    "output_std": ("signal: standard deviation of the block outputs", 1.0, True),
+    "output_std": ("block outputs, standard deviation", 1.0, True),
 }
 
 
@@ -42,21 +43,24 @@ def curves(*metrics: str, cases: Sequence[str] = (), logarithmic: bool = False) 
         if not panels:
             return False
         figure, axes = _panels(len(panels))
+        names = _short(group.case.name for group in groups)
         for axis, (metric, lines) in zip(axes, panels.items(), strict=True):
             label, factor, log = AXES.get(metric, (metric, 1.0, False))
             for group in groups:
                 if group.case.name not in lines:
                     continue
                 look, (x, mean, deviation) = _look(groups.index(group)), over_seeds(group, metric)
-                axis.plot(x, factor * mean, label=group.case.name, marker="o" if len(x) < 15 else None, markersize=3, **look)
+                axis.plot(x, factor * mean, label=names[group.case.name], marker="o" if len(x) < 15 else None, markersize=3, **look)
                 low = np.where(mean > deviation, mean - deviation, np.nan) if log or logarithmic else mean - deviation  # a logarithm has no 0
                 axis.fill_between(x, factor * low, factor * (mean + deviation), color=look["color"], alpha=0.12, linewidth=0)
             _finish(axis, "optimiser step", label, logarithmic=log or logarithmic)
+            if not (log or logarithmic):
+                _cut(axis, {names[group.case.name]: factor * over_seeds(group, metric)[1] for group in groups if group.case.name in lines})
         legend(figure, axes[0])
         drawing.save(figure, path)
         return True
 
-    return draw
+    return _showing(draw, cases)
 
 
 def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cases: Sequence[str] = (), relative: bool = False) -> Draw:
@@ -70,6 +74,7 @@ def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cas
         if not rows:
             return False
         groups = [group for group, _ in rows]
+        names = _short(group.case.name for group in groups)
         figure, axes = _panels(len(moments))
         label, factor, log = AXES.get(field, (field, 1.0, True))
         for axis, moment in zip(axes, moments, strict=True):
@@ -80,14 +85,14 @@ def against_depth(field: str = "mean_abs", moments: Sequence[int] = (0, -1), cas
                 line = _line(points)
                 x = line[:, 0] / line[:, 0].max() if relative and len(line) else line[:, 0]
                 y = np.where(line[:, 1] > 0, line[:, 1], np.nan) if log else line[:, 1]
-                axis.plot(x, factor * y, label=group.case.name, linewidth=1.4, **_look(groups.index(group)))
+                axis.plot(x, factor * y, label=names[group.case.name], linewidth=1.4, **_look(groups.index(group)))
             axis.set_title(f"step {min(steps):,}" + (f" to {max(steps):,}, the last of each" if len(steps) > 1 else ""), fontsize=10)
             _finish(axis, "depth, share of the layers" if relative else "layer, from the image to the head", label, logarithmic=log)
         legend(figure, axes[0])
         drawing.save(figure, path)
         return True
 
-    return _of_one(draw)
+    return _showing(draw, cases, first_rows=True)
 
 
 def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
@@ -113,16 +118,18 @@ def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
         drawing.save(figure, path)
         return True
 
-    return _of_one(draw)
+    return _showing(draw, cases, first_rows=True)
 
 
-def shows_one(draw: Draw) -> bool:
-    """Whether a figure shows the first row of each case alone, not all seeds."""
-    return bool(getattr(draw, "one", False))
+def trainings_shown(draw: Draw, found: Results) -> int:
+    """How many trainings of a case a figure shows: all seeds, or the first row of each alone."""
+    shown = _groups(found, getattr(draw, "cases", ()))
+    count = max((len(group.rows) for group in shown if group.case.compute is None), default=0)
+    return min(count, 1) if getattr(draw, "first_rows", False) else count
 
 
-def _of_one(draw: Draw) -> Draw:
-    draw.one = True  # type: ignore[attr-defined]
+def _showing(draw: Draw, cases: Sequence[str], first_rows: bool = False) -> Draw:
+    draw.cases, draw.first_rows = cases, first_rows  # type: ignore[attr-defined]
     return draw
 
 
@@ -139,6 +146,31 @@ def over_seeds(group: Group, metric: str) -> tuple[Doubles, Doubles, Doubles]:
 
 def _groups(found: Results, cases: Sequence[str]) -> list[Group]:
     return [group for name, group in found.groups.items() if group.rows and (not cases or name in cases)]
+
+
+def _short(cases: Iterable[str]) -> dict[str, str]:
+    """Case -> its name without what all of them begin or end with.
+
+    >>> _short(["110 layers, paired, at init", "110 layers, mirrored, at init"])
+    {'110 layers, paired, at init': 'paired', '110 layers, mirrored, at init': 'mirrored'}
+    """
+    parts = {name: name.split(", ") for name in cases}
+    for end in (0, -1):
+        while len(parts) > 1 and len({part[end] for part in parts.values()}) == 1 and all(len(part) > 1 for part in parts.values()):
+            for part in parts.values():
+                part.pop(end)
+    return {name: ", ".join(part) for name, part in parts.items()}
+
+
+def _cut(axis: Any, lines: Mapping[str, Doubles]) -> None:
+    """Ends a linear axis where a few lines would press all others to its foot, and names those that leave it."""
+    highest = {name: float(np.nanmax(line)) for name, line in lines.items()}
+    usual = float(np.median(list(highest.values())))
+    beyond = [name for name, value in highest.items() if value > BEYOND * usual > 0]
+    if beyond:
+        low, high = min(float(np.nanmin(line)) for line in lines.values()), max(value for name, value in highest.items() if name not in beyond)
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axis.set_title(f"above, in part or wholly: {', '.join(beyond)}", fontsize=8)
 
 
 def _record(row: Row, field: str, moment: int) -> tuple[str, Points]:
@@ -177,7 +209,8 @@ def legend(figure: Any, axis: Any) -> None:
     """Below all panels."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
-        columns = min(len(labels), 5)
+        inches = 0.6 + 0.08 * max(map(len, labels))  # of an entry: its line, and letters of 8 points
+        columns = max(1, min(len(labels), 5, int(figure.get_figwidth() / inches)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 

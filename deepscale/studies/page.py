@@ -83,7 +83,7 @@ def table(found: Results) -> list[list[str]]:
     published = {metric for group in groups for metric in group.case.published}
     head, lines = ["case"], [[group.case.name] for group in groups]
     for metric, heading in study.columns.items():
-        ours = [mean(group, metric) for group in groups]
+        ours = [mean(group, metric) if group.case.tells(metric) else NOTHING for group in groups]
         if all(cell == NOTHING for cell in ours) and metric not in published:
             continue
         head.append(heading)
@@ -96,7 +96,7 @@ def table(found: Results) -> list[list[str]]:
     head += ["n", "converged"]
     ends = [_ended(group) for group in groups]
     for line, group in zip(lines, groups, strict=True):
-        line += [str(len(group.rows)), _converged(group)]
+        line += [str(len(group.rows)), _converged(group) if group.case.tells(study.converged.metric) else NOTHING]
     if any(ends):
         head.append("not finished")
         for line, cell in zip(lines, ends, strict=True):
@@ -169,11 +169,9 @@ def origin(found: Results, rows: str) -> Iterator[str]:
     """Hardware, versions, commits, seeds and times of the rows."""
     all_rows = found.rows
     yield f"Rows: one JSON file each, with settings, numbers and curves, in [{rows}]({rows})"
-    seeds = {name: tuple(row.seed for row in group.rows) for name, group in found.groups.items()}
-    if len(set(seeds.values())) == 1:
-        yield f"Seeds: {_listed(next(iter(seeds.values())))} of every case"
-    else:
-        yield "Seeds: " + "; ".join(f"{name} {_listed(own) or 'none yet'}" for name, own in seeds.items())
+    seeds = sorted({tuple(row.seed for row in group.rows) for group in found.groups.values()} - {()}, key=len)
+    if seeds:
+        yield "Seeds: " + "; ".join(f"{', '.join(map(str, own))}{f' where n is {len(own)}' if len(seeds) > 1 else ''}" for own in seeds)
     took = [row.numbers[SECONDS] for row in all_rows if SECONDS in row.numbers]
     if took:
         yield f"Time: {seconds(sum(took))} in all {len(took)} rows, each from {seconds(min(took))} to {seconds(max(took))}"
@@ -203,9 +201,8 @@ def _about_table(found: Results) -> str:
 
 
 def _rows_drawn(found: Results, figure: Figure) -> str:
-    """How many trainings of a case a figure shows."""
-    count = max((len(group.rows) for group in found.groups.values() if group.case.compute is None), default=0)
-    return f" (n = {1 if figures.shows_one(figure.draw) else count})" if count else ""
+    count = figures.trainings_shown(figure.draw, found)
+    return f" (n = {count})" if count else ""
 
 
 def _converged(group: Group) -> str:
@@ -223,10 +220,6 @@ def _words(about: Any) -> str:
     if not isinstance(about, dict):
         return str(about)
     return ", ".join(f"{name} {value}" for name, value in about.items() if name != "load before")
-
-
-def _listed(seeds: tuple[int, ...]) -> str:
-    return ", ".join(map(str, seeds))
 
 
 def _folder(found: Results, rows: Path) -> Path:

@@ -72,8 +72,8 @@ def _as_good(found: Results) -> bool | None:
     return None if best is None or skip is None else best >= skip - NEAR
 
 
-def _reached(depths: tuple[int, ...] = DEPTHS) -> Callable[[Results], str]:
-    return accuracies(*(name_of(depth, name) for depth in depths for name in (WITH_SKIP, *INITS)))
+def _reached(names: Iterable[str], *depths: int) -> Callable[[Results], str]:
+    return accuracies(*(name_of(depth, name) for name in names for depth in depths))
 
 
 def _left(found: Results) -> dict[str, float]:
@@ -142,18 +142,19 @@ STUDY = Study(
     columns={
         ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", LEFT: "first block's gradient over the last one's",
         ZERO: "blocks without gradient", SIGNAL: "signal, last block over first", MEDIAN: "singular values: median",
-        NEAR_ONE: "within 10 times of the largest", "perf/step_s median": "s per step",
+        NEAR_ONE: "within 10 times of the largest",
     },
     findings=(
-        Finding("Without skip connections nothing trains at 1,004 layers, with whatever initial weights.", _nothing_trains, _reached((1004,))),
+        Finding("Without skip connections nothing trains at 1,004 layers, with whatever initial weights.", _nothing_trains, _reached(INITS, 1004)),
         Finding(
             "With weights that are drawn one without the other (normal of deviation 0.02 as published, Kaiming, orthogonal) it does not train.",
-            _independent_do_not, _reached(),
+            _independent_do_not, _reached(INDEPENDENT, *DEPTHS),
         ),
-        Finding("With weights of which a block is an isometry (paired, mirrored) it trains, at 110 and 1,004 layers.", _paired_do, _reached()),
+        Finding("With weights of which a block is an isometry (paired, mirrored) it trains, at 110 and 1,004 layers.", _paired_do,
+                _reached(PAIRED, *DEPTHS)),
         Finding(
             f"At 110 layers the best of them without skip connections gets within {NEAR * 100:g} points of the accuracy with them.",
-            _as_good, _reached((110,)),
+            _as_good, _reached((WITH_SKIP, *PAIRED, *NO_NORM), 110),
         ),
         Finding(
             f"At {PROBED:,} layers weights drawn one without the other lose the gradient, or it explodes: by more than {FLAT:g} times.",

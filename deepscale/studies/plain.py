@@ -139,7 +139,7 @@ STUDY = Study(
     columns={
         ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", LEFT: "first layer's gradient over the last one's",
         ZERO: "layers without gradient", SIGNAL: "signal, last layer over first", SMALLEST: "singular values: smallest", MEDIAN: "median",
-        LARGEST: "largest", "perf/step_s median": "s per step",
+        LARGEST: "largest",
     },
     findings=(
         *(Finding(f"{depth:,} plain layers train with delta-orthogonal weights.", _it_trains(depth), _reached((depth,), (ORTHOGONAL,)))

@@ -65,7 +65,7 @@ class Case:
 
     compute: instead of a training, a function of all settings (scale's and case's) and the seed. after: measures a trained network, given
     the folder with its model.safetensors, the settings and the seed; what it returns is added to the row. Both run in a process of their own,
-    with one thread, and are functions of a module, not lambdas.
+    with one thread, and are functions of a module, not lambdas. columns: those metrics of the table that say something of the case, () for all.
     """
 
     name: str
@@ -74,6 +74,11 @@ class Case:
     phases: tuple[Phase, ...] = ()
     compute: Callable[[Settings, int], Measured] | None = None
     after: Callable[[Path, Settings, int], Measured] | None = None
+    columns: tuple[str, ...] = ()
+
+    def tells(self, metric: str) -> bool:
+        """Whether a metric says something of the case."""
+        return not self.columns or metric in self.columns
 
 
 @dataclass(frozen=True)

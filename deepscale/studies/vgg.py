@@ -138,7 +138,7 @@ STUDY = Study(
     },
     columns={
         "parameters": "parameters", TRAIN_LOSS: "training loss", TRAIN_ACCURACY: "training", LOSS: "validation loss", ACCURACY: "validation",
-        "test/accuracy": "test", "perf/step_s median": "s per step",
+        "test/accuracy": "test",
     },
     findings=(
         Finding("Without BatchNorm and residual connections VGG38 stays at chance.", _at_chance, accuracies(PLAIN, PLAIN + PATTERNS)),
