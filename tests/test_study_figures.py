@@ -23,7 +23,7 @@ def found() -> Results:
     groups = {}
     for i, case in enumerate(cases):
         losses = [[step, (1e6 if i == 3 else 1.0) * (3 - step)] for step in (0, 1, 2)]
-        rows = tuple(Row(case.name, seed, FINISHED, {ACCURACY: 0.3, "train/loss": 1.0}, {"train/loss": losses}) for seed in (0, 1))
+        rows = tuple(Row(case.name, seed, FINISHED, {ACCURACY: 0.3, "train/loss": 1.5}, {"train/loss": losses}) for seed in (0, 1))
         groups[case.name] = Group(case, rows, study.converged)
     return Results(study, CPU, groups)
 
@@ -60,5 +60,5 @@ def test_a_column_that_says_nothing_of_a_case_is_left_open(found: Results) -> No
     group = dataclasses.replace(found.groups[NAMES[0]], case=case)
     lines = table(Results(study, CPU, found.groups | {NAMES[0]: group}))
     assert lines[0] == ["case", "validation", "loss", "n", "converged"]
-    assert lines[1][1:] == ["–", "1.0000 ± 0.0000", "2", "–"]
-    assert lines[2][1:] == ["30.00 ± 0.00 %", "1.0000 ± 0.0000", "2", "0 of 2"]
+    assert lines[1][1:] == ["–", "1.5000 ± 0.0000", "2", "–"]
+    assert lines[2][1:] == ["30.00 ± 0.00 %", "1.5000 ± 0.0000", "2", "0 of 2"]
