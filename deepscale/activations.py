@@ -11,6 +11,7 @@ memory, arXiv:2101.06840.
 | selective | x C, xhat C, inverse deviation 1 | h and a: one of two products, and the activation |
 | recompute | x C of every segment's first block | the forward pass, but for the last product of every segment |
 | offload | on the device nothing, on the host as recompute | as recompute |
+| reconstruct | of a whole stage its output, in float64, if its blocks are reversible | the forward pass |
 
 Beside it every policy keeps BatchNorm's statistics (2C a block) and stochastic depth's factors (1 a row and block).
 """
@@ -42,8 +43,18 @@ class Block:
     drop_path: bool = False
 
     @property
+    def stream(self) -> int:
+        """Bytes of the residual stream, twice as wide as a reversible block's x."""
+        return self.rows * self.spec.width * self.stream_bytes
+
+    @property
+    def coupled(self) -> int:
+        """Bytes of the two halves that reversible blocks couple, in float64; 0 of other blocks."""
+        return self.rows * self.spec.width * 8 if self.spec.coupled else 0
+
+    @property
     def input(self) -> int:
-        """Bytes of x (M, C)."""
+        """Bytes of x (M, C), what the branch sees."""
         return self.rows * self.spec.channels * self.stream_bytes
 
     @property
@@ -106,6 +117,10 @@ class Policy(ABC):
     @abstractmethod
     def kept(self, block: Block, n: int) -> int:
         """Bytes that the stack's forward pass leaves on the device."""
+
+    def once(self, block: Block) -> int:
+        """Bytes that the forward pass of a whole stage leaves on the device, however many stacks it has."""
+        return 0
 
     def host(self, block: Block, n: int) -> int:
         """Bytes that it leaves in host memory."""
@@ -212,10 +227,37 @@ class OffloadInputs(Recompute):
         return super().working(block, n) + 2 * block.input
 
 
+@dataclass(frozen=True)
+class Reconstruct(Policy):
+    """Keeps nothing of reversible blocks (arXiv:1707.04585): backward takes every branch away again, from the last block's output on.
+
+    Of other blocks inputs do not follow from outputs: a pass raises ValueError.
+    """
+
+    name = "reconstruct"
+
+    def keeping(self) -> Keeping:
+        return Keeping(reconstruct=True)
+
+    def kept(self, block: Block, n: int) -> int:
+        return n * block.always
+
+    def once(self, block: Block) -> int:
+        return block.coupled
+
+    def working(self, block: Block, n: int) -> int:
+        return block.input + block.standard + block.hidden
+
+    def again(self, block: Block, n: int) -> int:
+        return n * block.forward
+
+
+# Of any blocks, the fastest first; and with those of reversible blocks alone.
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Selective, Recompute, OffloadInputs)}
+KINDS: dict[str, type[Policy]] = {**POLICIES, Reconstruct.name: Reconstruct}
 
 
 def policy_of(config: Config) -> Policy:
     """The policy of a configuration that holds no `auto`."""
-    kind = POLICIES[config.engine.activations]
+    kind = KINDS[config.engine.activations]
     return kind(int(config.engine.segment)) if issubclass(kind, Recompute) else kind()  # type: ignore[arg-type]

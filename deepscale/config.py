@@ -58,10 +58,11 @@ OPTIMIZER_NAMES = ("adamw", "adam", "sgd")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "tanh", "sigmoid")
 NORM_NAMES = ("layernorm", "batchnorm", "rmsnorm", "none")  # ConvNeXt's
 ALL_NORM_NAMES = (*NORM_NAMES, "tensornorm")
-SKIP_NAMES = ("identity", "deepnorm", "none")
+SKIP_NAMES = ("identity", "deepnorm", "reversible", "none")
 INIT_NAMES = ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
 ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
+REVERSIBLE_POLICIES = ("keep", "reconstruct")  # with --skip reversible
 IN_SEGMENTS = ("recompute", "offload")
 DATASET_NAMES = ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic")
 
@@ -90,7 +91,10 @@ class ModelConfig(_Checked):
     norm: str = _option("layernorm", f"normalisation: {', '.join(NORM_NAMES)}; of mlp also tensornorm", one_of(ALL_NORM_NAMES))
     norm_scope: str = _option("all", "where --norm applies: all (stem, blocks, downsamplings, head) or blocks", one_of(("all", "blocks")))
     skip: str = _option(
-        "identity", f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4)", one_of(SKIP_NAMES)
+        "identity",
+        f"skip connection of every block: {', '.join(SKIP_NAMES)}; deepnorm: x + branch / blocks^(1/4); reversible: halves of the channels are "
+        "coupled, and backward reconstructs what forward does not keep",
+        one_of(SKIP_NAMES),
     )
     skip_scope: str = _option("blocks", "where --skip applies in vgg: blocks, or all (those that halve the image, too)", one_of(("blocks", "all")))
     skip_pairs: str | None = _option(
@@ -109,7 +113,7 @@ class ModelConfig(_Checked):
     )
     layerscale_init: float | None | Auto = _option(
         AUTO,
-        "initial LayerScale gamma: a number, or none for no gamma; auto: 0 with skip identity, and 1 with --init fixup; none with other skips",
+        "initial LayerScale gamma: a number, or none for no gamma; auto: none with --skip none or deepnorm, else 0, and 1 with --init fixup",
         or_word("none", _auto(real(-1e6)), None),
     )
     layerscale_shape: str = _option("scalar", "gamma per block: one scalar, or one per channel", one_of(("scalar", "channel")))
@@ -137,6 +141,8 @@ class ModelConfig(_Checked):
             why = "a dropped block has only its skip" if self.skip == "none" else "BatchNorm would have no batch to measure in a dropped block"
             typed = "--skip none" if self.skip == "none" else "--norm batchnorm"
             raise UsageError(f"--drop-path-mode batch is not possible with {typed}: {why}; type --drop-path-mode sample")
+        if self.skip == "reversible" and self.width != AUTO and int(self.width) % 2:
+            raise UsageError(f"--skip reversible couples two halves of the channels, and --width {self.width} is odd; type an even --width")
         if self.init == "fixup" and self.skip == "none":
             raise UsageError(
                 "--init fixup with --skip none leaves nothing to train: the last layer of every block is 0, and without a skip the only "
@@ -152,7 +158,7 @@ class ModelConfig(_Checked):
     def gamma_init(self) -> float | None:
         """Initial LayerScale gamma, None for none; `auto` is the published code's 0, Fixup's 1, and none without a skip and with DeepNorm's."""
         if self.layerscale_init == AUTO:
-            return None if self.skip != "identity" else 1.0 if self.init == "fixup" else 0.0
+            return None if self.skip not in ("identity", "reversible") else 1.0 if self.init == "fixup" else 0.0
         return self.layerscale_init
 
     @property
@@ -241,8 +247,8 @@ class EngineConfig(_Checked):
     activations: str = _option(
         AUTO,
         "what is kept for backward: keep (all), selective (what is dear to compute), recompute (a block's input per segment), "
-        "offload (the same, in host memory); auto: the fastest that fits",
-        one_of((AUTO, *ACTIVATION_POLICIES)),
+        "offload (the same, in host memory), reconstruct (nothing, with --skip reversible); auto: the fastest that fits, or reconstruct",
+        one_of((AUTO, *ACTIVATION_POLICIES, "reconstruct")),
         short={"--recompute": "recompute", "--no-recompute": "keep"},
     )
     stack_size: StackSize | Auto = _option(
@@ -271,7 +277,7 @@ class EngineConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activations in ("keep", "selective") and self.segment not in (AUTO, None):
+        if self.activations in ("keep", "selective", "reconstruct") and self.segment not in (AUTO, None):
             raise UsageError(
                 f"--segment {self.segment} is for --activations recompute or offload, and --activations {self.activations} was given; "
                 f"leave --segment out, or type --activations recompute"
@@ -341,6 +347,23 @@ class Config:
         odd = "--precision fp16" if self.engine.precision == "fp16" else odd
         if self.model.gradient_normalisation and odd:
             raise UsageError(f"{odd} scales the loss, and --gradient-normalisation lets no scale of it through; leave one of them out")
+        self._check_reversible()
+
+    def _check_reversible(self) -> None:
+        """Raises UsageError for what is kept for backward in a way that the skip connection does not have."""
+        engine, reversible = self.engine, self.model.skip == "reversible"
+        if not reversible and engine.activations == "reconstruct":
+            raise UsageError(
+                f"--activations reconstruct needs blocks whose input follows from their output, and --skip {self.model.skip} has none; "
+                f"type --skip reversible, too, or --activations recompute"
+            )
+        if not reversible or (engine.activations in (AUTO, *REVERSIBLE_POLICIES) and engine.segment in (AUTO, None)):
+            return
+        given = f"--activations {engine.activations}" if engine.activations not in (AUTO, *REVERSIBLE_POLICIES) else f"--segment {engine.segment}"
+        raise UsageError(
+            f"{given} keeps inputs of blocks to compute them again, and --skip reversible reconstructs all inputs from one output; "
+            f"leave it out, or type --activations reconstruct or keep"
+        )
 
     def replace(self, **values: Any) -> "Config":
         """A copy with these settings changed, named flat: `config.replace(width=16, zero=2)`.

@@ -108,6 +108,8 @@ def memory_advice(settings: Config, ranks: int) -> str:
     advice = []
     if not stacked:
         pass  # it has neither stacks to recompute nor a width that may change
+    elif settings.model.skip == "reversible":
+        advice += ["--activations reconstruct"] if engine.activations != "reconstruct" else []
     elif engine.activations not in IN_SEGMENTS:
         advice.append("--recompute")
     elif engine.segment != least:

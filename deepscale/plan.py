@@ -34,6 +34,7 @@ KEPT = {
     "selective": "a part of the activations kept",
     "recompute": "activations recomputed",
     "offload": "activations recomputed from inputs on the host",
+    "reconstruct": "activations reconstructed from outputs",
 }
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from deepscale.activations import POLICIES
-from deepscale.config import AUTO, IN_SEGMENTS, Config
+from deepscale.activations import KINDS, POLICIES
+from deepscale.config import AUTO, IN_SEGMENTS, REVERSIBLE_POLICIES, Config
 from deepscale.depth import MAX_DEPTH, MIN_DEPTH, blocks_for_depth, depth_of_blocks
 from deepscale.machine import Machine
 from deepscale.models.convnext import default_stack_size, smallest_segment
@@ -40,7 +40,7 @@ def placements(config: Config) -> list[tuple[int, str]]:
 
 def policies(config: Config) -> list[tuple[str, int | None]]:
     """(activation policy, segment) of all that there is, the fastest first; a segment given by hand says whether blocks are recomputed."""
-    engine, names = config.engine, list(POLICIES)
+    engine, names = config.engine, list(REVERSIBLE_POLICIES if config.model.skip == "reversible" else POLICIES)
     if config.model.model != "convnext":
         return [("keep", None)]
     if engine.activations != AUTO:
@@ -53,12 +53,14 @@ def policies(config: Config) -> list[tuple[str, int | None]]:
 
 def preferred(config: Config, machine: Machine) -> list[Choice]:
     """What the planner may take, the fastest first: recomputation costs less time than ZeRO-3's gathering, and offload more than both."""
-    engine, cpu, order = config.engine, machine.device == "cpu", list(POLICIES)
+    engine, cpu, order = config.engine, machine.device == "cpu", list(KINDS)
     worth = ALONE if machine.ranks == 1 else SEVERAL
     choices = [Choice(*place, *policy) for place in placements(config) if engine.zero != AUTO or place in worth for policy in policies(config)]
     if cpu:  # there is nowhere else to offload to
         choices = [c for c in choices if engine.offload == "cpu" or c.offload == "none"]
         choices = [c for c in choices if engine.activations == "offload" or c.activations != "offload"]
+    if config.model.skip == "reversible" and engine.activations == AUTO:  # which nobody types for speed
+        choices = [c for c in choices if c.activations == "reconstruct"]
     return sorted(choices, key=lambda c: (c.offload == "cpu", c.zero == 3, order.index(c.activations), c.zero))
 
 

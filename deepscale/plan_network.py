@@ -56,12 +56,12 @@ class Stage:
     @property
     def channels(self) -> int:
         """C."""
-        return self.block.spec.channels
+        return self.block.spec.width
 
     @property
     def stream(self) -> int:
         """Bytes of one tensor (M, C) of the residual stream."""
-        return self.block.input
+        return self.block.stream
 
     @property
     def product(self) -> int:
@@ -128,12 +128,12 @@ def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]
     """What the stages need, by causes."""
     policy, needs = policy_of(config), []
     for stage, outer in zip(stages, _kept_outside(config, stages, images), strict=True):
-        kept = outer + sum(policy.kept(stage.block, n) for n in stage.stacks)
+        kept = outer + policy.once(stage.block) + sum(policy.kept(stage.block, n) for n in stage.stacks)
         segment = max(policy.working(stage.block, n) for n in stage.stacks)
         folded, rows = _folded(config, stage), segment + _block_backward(config, stage)
         stack = folded + _unfolding(stage)
         small = 0 if stage.stream >= LARGE else rows if stage.block.hidden // 2 < LARGE else rows // 4
-        small += stack if max(stage.stacks) * 4 * stage.channels**2 * STREAM_BYTES < LARGE else 0
+        small += stack if max(stage.stacks) * _matrix(stage) * STREAM_BYTES < LARGE else 0
         needs.append(Needs(kept, segment, _block_backward(config, stage) + stack, _block_forward(config, stage) + folded, small))
     return needs
 
@@ -147,7 +147,8 @@ def evaluation_bytes(config: Config, images: Images) -> int:
     """What one block and one stack take while images are evaluated, and the images."""
     most = EVALUATION_BATCH if config.data.eval_images == AUTO else min(EVALUATION_BATCH, int(config.data.eval_images))
     batch = dataclasses.replace(images, micro=most)
-    settings = config.replace(activations="recompute", segment=1)  # nothing is kept
+    nothing = ("reconstruct", None) if config.model.skip == "reversible" else ("recompute", 1)
+    settings = config.replace(activations=nothing[0], segment=nothing[1])
     return 2 * batch.bytes + max(_block_forward(settings, stage) + _folded(config, stage) for stage in stages_of(config, batch))
 
 
@@ -164,6 +165,12 @@ def _kept_outside(config: Config, stages: list[Stage], images: Images) -> list[i
 def _block_forward(config: Config, stage: Stage) -> int:
     """A block's input and output; computed by torch's operators also its convolution, and what is made but not kept."""
     block = stage.block
+    if block.spec.coupled:
+        return 2 * block.coupled + block.input + _block_forward_of_branch(config, block)
+    return _block_forward_of_branch(config, block)
+
+
+def _block_forward_of_branch(config: Config, block: Block) -> int:
     if config.engine.kernel == "native":
         return 2 * block.input
     whole = block.input + block.standard + block.hidden
@@ -172,7 +179,8 @@ def _block_forward(config: Config, stage: Stage) -> int:
 
 def _block_backward(config: Config, stage: Stage) -> int:
     """Gradients on a block's output and its input; computed by torch's operators also on f(h) and h, on xhat and on its convolution."""
-    return 2 * stage.block.input if config.engine.kernel == "native" else stage.block.hidden + 4 * stage.block.input
+    coupled = 2 * stage.block.coupled + 2 * stage.block.input if stage.block.spec.coupled else 0
+    return coupled + (2 * stage.block.input if config.engine.kernel == "native" else stage.block.hidden + 4 * stage.block.input)
 
 
 def _folded(config: Config, stage: Stage) -> int:
@@ -181,13 +189,18 @@ def _folded(config: Config, stage: Stage) -> int:
     dropping = config.model.drop_path > 0 and config.model.drop_path_mode == "batch"
     factor = config.model.gamma_init is not None or stage.block.spec.scale != 1.0 or dropping
     folded = (config.model.norm != "none") + (factor and not low)
-    matrix = max(stage.stacks) * 4 * stage.channels**2
+    matrix = max(stage.stacks) * _matrix(stage)
     return matrix * (folded * STREAM_BYTES + (2 * stage.block.branch_bytes if low else 0))
 
 
 def _unfolding(stage: Stage) -> int:
     """Gradients of a stack's folded weights before they become those of its parameters, and a product of W1's size while they do."""
-    return max(stage.stacks) * (stage.block.spec.parameters + 4 * stage.channels**2) * STREAM_BYTES
+    return max(stage.stacks) * (stage.block.spec.parameters + _matrix(stage)) * STREAM_BYTES
+
+
+def _matrix(stage: Stage) -> int:
+    """Elements of W1, or of W2, of one block."""
+    return 4 * stage.block.spec.channels**2
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class UseObserver(BlockObserver):
         self.shares = torch.zeros(stack.blocks, dtype=torch.float64, device=self.device)
         self.images = 0
         self.before = torch.empty(0)
+        self.turn = stack.spec.channels if stack.spec.coupled else 0  # reversible blocks change the places of the channels' halves
 
     def enter(self, stack: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Before a pass: the first block's input."""
@@ -38,8 +39,8 @@ class UseObserver(BlockObserver):
 
     def output(self, i: int, x: Tensor) -> None:
         """Block i's output."""
-        after = x.detach()
-        moved, given = (torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64) for value in (after - self.before, self.before))
+        after, before = x.detach(), self.before.roll(self.turn, 1)
+        moved, given = (torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64) for value in (after - before, before))
         self.shares[i] += torch.where(moved > 0, moved / given, moved).sum()
         self.before = after
 

@@ -64,7 +64,7 @@ def refused(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         ("--blocks 1,0,3,1", ["'1,0,3,1'", "at least 1"]),
         ("--activation swish", ["'swish'", "gelu, relu, silu, tanh, sigmoid"]),
         ("--norm groupnorm", ["'groupnorm'", "layernorm, batchnorm, rmsnorm, none"]),
-        ("--skip dense", ["'dense'", "identity, deepnorm, none"]),
+        ("--skip dense", ["'dense'", "identity, deepnorm, reversible, none"]),
         ("--dataset imagenet", ["'imagenet'", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic"]),
         ("--feed dali", ["'dali'", "ffcv"]),
         ("--schedule linear", ["'linear'", "onecycle, cosine, constant"]),

@@ -177,7 +177,7 @@ CHOICES = {
     "norm": ("layernorm", "batchnorm", "rmsnorm", "none", "tensornorm"),
     "norm_scope": ("all", "blocks"),
     "drop_path_mode": ("sample", "batch"),
-    "skip": ("identity", "deepnorm", "none"),
+    "skip": ("identity", "deepnorm", "reversible", "none"),
     "skip_scope": ("blocks", "all"),
     "init": ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm"),
     "layerscale_shape": ("scalar", "channel"),
@@ -188,14 +188,14 @@ CHOICES = {
     "schedule_every": ("step", "epoch"),
     "engine": ("deepspeed", "torch"),
     "offload": ("auto", "none", "cpu", "nvme"),
-    "activations": ("auto", "keep", "selective", "recompute", "offload"),
+    "activations": ("auto", "keep", "selective", "recompute", "offload", "reconstruct"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cuda", "cpu"),
 }
 
 
 # What must be typed beside a value.
-WITH_VALUE = {"tensornorm": ["--model", "mlp"]}
+WITH_VALUE = {"tensornorm": ["--model", "mlp"], "reconstruct": ["--skip", "reversible"]}
 
 
 @pytest.mark.parametrize("name", CHOICES)

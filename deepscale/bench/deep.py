@@ -6,6 +6,7 @@ ahead of it (engine.preload) and counted apart. Memory counts from before and fr
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from deepscale import config, errors, kernel, memory, ops, tracking, world
 from deepscale.bench import networks
 from deepscale.bench.options import KERNELS, say, settings_of, whole
 from deepscale.engine import Engine, build_engine, hush, preload
-from deepscale.models import stack
+from deepscale.models import reversible, stack
 from deepscale.plan_choices import FAST_SEGMENT
 
 
@@ -104,8 +105,8 @@ class BlocksTime:
 
     def __init__(self) -> None:
         self.cpu_s = 0.0
-        for name in ("forward", "backward"):
-            setattr(stack._StackFunction, name, staticmethod(self._counted(getattr(stack._StackFunction, name))))
+        for function, name in itertools.product((stack._StackFunction, reversible._ReversibleFunction), ("forward", "backward")):
+            setattr(function, name, staticmethod(self._counted(getattr(function, name))))
 
     def _counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:

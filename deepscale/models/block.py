@@ -27,7 +27,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What all blocks of a stage share. `gamma` is "none", "scalar" or "channel"; `scale` multiplies every branch, and is not learnt."""
+    """What all blocks of a stage share. `gamma` is "none", "scalar" or "channel"; `scale` multiplies every branch, and is not learnt.
+
+    `channels` are the branch's: the stream's, or half of them in reversible blocks.
+    """
 
     channels: int
     kernel_size: int
@@ -40,8 +43,18 @@ class BlockSpec:
 
     @property
     def adds(self) -> bool:
-        """Whether the input is added to the branch."""
+        """Whether the branch's input is added to it."""
         return SKIPS[self.skip].adds
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a block is two halves of the channels, of which one gives the branch and the other takes it (reversible.py)."""
+        return SKIPS[self.skip].coupled
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.channels * 2 if self.coupled else self.channels
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter shapes of one block, by their names in the plain network."""
@@ -60,6 +73,15 @@ class BlockSpec:
     def parameters(self) -> int:
         """Parameters of one block."""
         return sum(math.prod(shape) for shape in self.shapes().values())
+
+
+# 1.5 * 2^52 times a grid of 2^-32: adding it to a float64 rounds that to the grid, as long as it is below 2^19; float32 above is on it already.
+GRID_SHIFT = 1.5 * 2.0**20
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x in float64, as the nearest multiple of 2^-32."""
+    return (x.double() + GRID_SHIFT) - GRID_SHIFT
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -162,6 +184,11 @@ class TorchWork:
             out = out.to(w.stream)
         batch, channels, height, width = x.shape
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def couple(self, half: Tensor, out: Tensor, sign: int) -> Tensor:
+        """half (B, C, H, W) += sign * out, a branch's output, rounded where the half is wider; gives a copy of the sum in the stream's dtype."""
+        half.add_(out if half.dtype == out.dtype else rounded(out), alpha=sign)
+        return half.to(self.weights.stream, copy=True)
 
     def backward(self, g: Tensor, saved: Saved, i: int, grads: "Gradients") -> Tensor:
         """Gradient (M, C) on block i's output -> on its input; the folded weights' gradients are written to `grads`."""

@@ -54,10 +54,14 @@ MODULES: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu":
 
 @dataclass(frozen=True)
 class Skip:
-    """What becomes of a block's input x and its branch b: [x +] scale(blocks of the network) * b."""
+    """What becomes of a block's input x and its branch b: [x +] scale(blocks of the network) * b.
+
+    `coupled`: the branch sees one half of the channels and is added to the other (reversible.py).
+    """
 
     adds: bool
     scale: Callable[[int], float] = lambda blocks: 1.0
+    coupled: bool = False
 
 
 def deepnorm_scale(blocks: int) -> float:
@@ -71,7 +75,12 @@ def deepnorm_scale(blocks: int) -> float:
     return float(blocks**-0.25)
 
 
-SKIPS: dict[str, Skip] = {"identity": Skip(True), "deepnorm": Skip(True, deepnorm_scale), "none": Skip(False)}
+SKIPS: dict[str, Skip] = {
+    "identity": Skip(True),
+    "deepnorm": Skip(True, deepnorm_scale),
+    "reversible": Skip(False, coupled=True),
+    "none": Skip(False),
+}
 
 
 class Standardise:

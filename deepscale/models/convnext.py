@@ -31,7 +31,8 @@ def block_spec(model: ModelConfig, channels: int) -> BlockSpec:
     """What the blocks of a stage of this width share."""
     gamma = "none" if model.gamma_init is None else model.layerscale_shape
     scale = SKIPS[model.skip].scale(sum(model.stage_blocks))
-    return BlockSpec(channels, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm, scale)
+    branch = channels // 2 if SKIPS[model.skip].coupled else channels
+    return BlockSpec(branch, model.kernel_size, model.activation, model.norm, model.skip, gamma, model.sync_batchnorm, scale)
 
 
 def default_stack_size(stage_blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -149,8 +150,10 @@ class ConvNeXt(Network):
         for stage in self.path:
             if stage.downsample is not None:
                 x = stream(stage.downsample(x))
+            dtype = x.dtype
             for stack in stage.path:
                 x = stack(x)
+            x = x.to(dtype)  # reversible blocks give float64
         return self.head(x)
 
     def stacks(self) -> Iterator[tuple[str, BlockStack]]:

@@ -51,8 +51,12 @@ class BlockObserver:
         self._gradients.append((i, numbers[0]))
         if i:
             self._outputs.append((i - 1, numbers[1], numbers[2]))
+        self.counted(i, numbers[3:], rows)
+
+    def counted(self, i: int, saturated: Tensor, rows: int) -> None:
+        """Block i's saturated outputs per unit (units,), of so many rows, as `derivative` would count them."""
         if self.activations:
-            self._derivatives.append((i, numbers[3:], rows))
+            self._derivatives.append((i, saturated, rows))
 
     @torch.no_grad()
     def collect(self) -> None:

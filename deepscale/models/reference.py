@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deepscale.config import ModelConfig
 from deepscale.depth import STAGES
 from deepscale.models.components import ACTIVATIONS, SKIPS, ChannelNorm, RunningStatistics
-from deepscale.models.convnext import drop_rates, outer_norm
+from deepscale.models.convnext import block_spec, drop_rates, outer_norm
 from deepscale.models.initial import fill_all
 
 
@@ -22,13 +22,13 @@ class TransposedNorm(ChannelNorm):
 
 
 class PlainBlock(nn.Module):
-    """x + gamma * scale * pwconv2(f(pwconv1(norm(dwconv(x))))); x and scale as --skip says."""
+    """x + gamma * scale * pwconv2(f(pwconv1(norm(dwconv(x))))); x and scale as --skip says. `channels` are the branch's."""
 
     def __init__(self, model: ModelConfig, channels: int, drop_rate: float) -> None:
         super().__init__()
         skip = SKIPS[model.skip]
         self.drop_whole = model.drop_path_mode == "batch"
-        self.adds, self.scale, self.drop_rate = skip.adds, skip.scale(sum(model.stage_blocks)), drop_rate
+        self.adds, self.coupled, self.scale, self.drop_rate = skip.adds, skip.coupled, skip.scale(sum(model.stage_blocks)), drop_rate
         self.dwconv = nn.Conv2d(channels, channels, model.kernel_size, padding=model.kernel_size // 2, groups=channels)
         self.norm = TransposedNorm(model.norm, channels, model.sync_batchnorm)
         self.pwconv1 = nn.Conv2d(channels, 4 * channels, 1)
@@ -39,9 +39,18 @@ class PlainBlock(nn.Module):
             self.gamma = nn.Parameter(torch.empty(1 if model.layerscale_shape == "scalar" else channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.coupled:
+            branch = self.branch(x)
+            return x if branch is None else x + branch if self.adds else branch
+        first, second = x.chunk(2, 1)
+        branch = self.branch(second)
+        return torch.cat((second, first if branch is None else first + branch), 1)
+
+    def branch(self, x: Tensor) -> Tensor | None:
+        """What the block adds; None where stochastic depth leaves it out."""
         dropping = self.training and self.drop_rate > 0
         if dropping and self.drop_whole and torch.rand((), device="cpu") < self.drop_rate:
-            return x
+            return None
         branch = self.pwconv2(self.activation(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             branch = branch * self.gamma[:, None, None]
@@ -51,7 +60,7 @@ class PlainBlock(nn.Module):
         elif dropping:
             kept = torch.rand(x.shape[0], device=x.device) >= self.drop_rate
             branch = branch * (kept.to(x.dtype) / (1 - self.drop_rate))[:, None, None, None]
-        return x + branch if self.adds else branch
+        return branch
 
 
 class PlainStage(nn.Module):
@@ -80,7 +89,8 @@ class PlainConvNeXt(nn.Module):
             width = model.width * 2**s
             down = nn.ModuleDict({"norm": TransposedNorm(kind, width // 2, sync), "conv": nn.Conv2d(width // 2, width, 2, 2)}) if s else None
             first = sum(blocks[:s])
-            stages.append(PlainStage(down, [PlainBlock(model, width, rates[first + i]) for i in range(blocks[s])]))
+            branch = block_spec(model, width).channels
+            stages.append(PlainStage(down, [PlainBlock(model, branch, rates[first + i]) for i in range(blocks[s])]))
         self.stages = nn.ModuleList(stages)
         self.path = tuple(stages)  # the same stages, with their type
         last = model.width * 2 ** (STAGES - 1)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deepscale.models import native
-from deepscale.models.block import BlockSpec, Gradients, TorchWork, Weights, norms_of, rows_of
-from deepscale.models.components import RunningStatistics, Standardise, batch_rows
+from deepscale.models import reversible
+from deepscale.models.block import BlockSpec, Gradients, Weights, rows_of
+from deepscale.models.components import RunningStatistics
 from deepscale.models.observe import BlockObserver
+from deepscale.models.work import moments_of, note_moments, work_of
 
 
 class Store(Protocol):
@@ -38,12 +39,13 @@ class Keeping:
     """What a stack's forward pass leaves for its backward; every choice gives the same values.
 
     `segment` 0: what each block's backward needs, but for h and a unless `hidden`; n: the inputs of every n blocks, in the
-    `store` if there is one.
+    `store` if there is one. `reconstruct`: of reversible blocks nothing (reversible.py).
     """
 
     segment: int = 0
     hidden: bool = True
     store: Store | None = None
+    reconstruct: bool = False
 
 
 class _StackFunction(torch.autograd.Function):
@@ -60,16 +62,11 @@ class _StackFunction(torch.autograd.Function):
         passing: tuple[float, ...] | None,
         *parameters: Tensor,
     ) -> Tensor:
-        spec, moments = stack.spec, None
-        if spec.norm == "batchnorm":
-            statistics = stack.statistics
-            measured = stack.training
-            moments = torch.empty_like(statistics.pending) if measured else torch.stack([statistics.running_mean, statistics.running_var])
-            moments = moments.to(x.dtype)
+        spec, moments = stack.spec, moments_of(stack, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             named = dict(zip(spec.shapes(), parameters, strict=True))
             weights = Weights(spec, named, x.dtype, branch, passing)
-            work = _work(stack.kernel, spec, weights, norms_of(spec, weights.blocks, moments, fixed=not stack.training), x, masks, None)
+            work = work_of(stack.kernel, spec, weights, x, moments, not stack.training, masks, None)
             kept: list[Any] = []
             first, measuring, computed = x, moments if stack.training else None, weights.computed
             place = 0  # among those that are computed
@@ -80,8 +77,7 @@ class _StackFunction(torch.autograd.Function):
                 ends = place == len(computed)
                 if stack.observer is not None and (stack.observer.without_gradients if keeping is None else ends):
                     stack.observer.output(i, x)  # with gradients, backward shows the others: what it needs of them it has then
-        if moments is not None and stack.training:
-            stack.statistics.add(moments[0], moments[1], batch_rows(first.numel() // spec.channels, spec.sync_batchnorm))
+        note_moments(stack, moments, first.numel() // spec.channels)
         # The input is saved for autograd's check that nobody overwrites it, but where a store has a copy: there it must not stay.
         held = () if keeping is not None and keeping.store is not None else (first,)
         ctx.save_for_backward(*parameters, *held)
@@ -99,7 +95,7 @@ class _StackFunction(torch.autograd.Function):
         with torch.autocast(output.device.type, enabled=False):
             named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=False))
             weights = Weights(spec, named, output.dtype, ctx.branch, ctx.passing)
-            work = _work(ctx.kernel, spec, weights, norms_of(spec, weights.blocks, ctx.moments, ctx.fixed), output, ctx.masks, observer)
+            work = work_of(ctx.kernel, spec, weights, output, ctx.moments, ctx.fixed, ctx.masks, observer)
             batch, channels, height, width = output.shape
             grads = Gradients(spec, weights, output)
             g = rows_of(output.contiguous(memory_format=torch.channels_last))
@@ -119,15 +115,6 @@ class _StackFunction(torch.autograd.Function):
                         observer.output(i - 1, above.x)
             dx = g.view(batch, height, width, channels).permute(0, 3, 1, 2)
             return dx, None, None, None, None, None, *grads.unfolded(named).values()
-
-
-def _work(
-    kernel: str, spec: BlockSpec, weights: Weights, norms: list[Standardise], x: Tensor, masks: Tensor | None, observer: BlockObserver | None
-) -> Any:
-    """The maths of a block: torch's operators, or the native kernel for what that knows."""
-    if kernel == "native" and native.computes(spec, x.device, weights.stream, weights.branch):
-        return native.NativeWork(spec, weights, x, masks, observer)
-    return TorchWork(spec, weights, norms, masks, observer)
 
 
 def _forward(work: Any, x: Tensor, i: int, place: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
@@ -167,6 +154,7 @@ class BlockStack(nn.Module):
 
     observer: BlockObserver | None = None
     keeping = Keeping()
+    exact = True  # of reversible blocks; False: the stream is float32, and what is reconstructed is so but for rounding (to be measured beside)
     _rates: Tensor | None = None  # drop_rates (n, 1) on the device
     kernel = "torch"  # or "native", which must be loaded
     without: frozenset[int] = frozenset()
@@ -195,7 +183,14 @@ class BlockStack(nn.Module):
         branch = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
         keeping = self.keeping if torch.is_grad_enabled() else None
         x = x.contiguous(memory_format=torch.channels_last)
-        return _StackFunction.apply(x, self, branch, keeping, self._masks(x), self._passing(), *parameters)
+        masks = self._masks(x)
+        if self.spec.coupled:
+            if keeping not in (None, Keeping(), Keeping(reconstruct=True)):
+                raise ValueError("reversible blocks keep all that backward needs, or nothing: KeepAll() or Reconstruct()")
+            return reversible.apply(x, self, branch, None if keeping is None else keeping.reconstruct, masks, self._passing(), parameters)
+        if keeping is not None and keeping.reconstruct:
+            raise ValueError("only the inputs of reversible blocks follow from their outputs: Reconstruct() is for those")
+        return _StackFunction.apply(x, self, branch, keeping, masks, self._passing(), *parameters)
 
     def _passing(self) -> tuple[float, ...] | None:
         """(n) what multiplies every block's branch in this pass, 0 for a block that is left out; None for 1."""

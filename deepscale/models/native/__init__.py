@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deepscale.models.block import GRID_SHIFT
 from deepscale.models.components import EPS
 from deepscale.models.observe import SATURATED, BlockObserver
 
@@ -48,7 +49,8 @@ def load(path: Path) -> None:
     for function, pointers in ((library.deepscale_forward, 6), (library.deepscale_backward, 7)):
         function.argtypes = [pointer, ctypes.c_int64, *[pointer] * pointers]
     library.deepscale_observe.argtypes = [*[pointer] * 4, ctypes.c_double, pointer]
-    for function in (library.deepscale_forward, library.deepscale_backward, library.deepscale_observe):
+    library.deepscale_couple.argtypes = [pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_double, *[pointer] * 3]
+    for function in (library.deepscale_forward, library.deepscale_backward, library.deepscale_observe, library.deepscale_couple):
         function.restype = _enough_memory
     _library = library
 
@@ -141,6 +143,13 @@ class NativeWork:
         saved = Saved(x, xhat, inverse, xhat.new_empty(self.rows, self.units), xhat.new_empty(self.rows, self.units))
         _library.deepscale_forward(self.address, i, None, None, xhat.data_ptr(), None, saved.derivative.data_ptr(), saved.a.data_ptr())
         return saved
+
+    def couple(self, half: Tensor, out: Tensor, sign: int) -> Tensor:
+        """half (B, C, H, W) += sign * out, a branch's output, rounded where the half is wider; gives a copy of the sum in the stream's dtype."""
+        copy = torch.empty_like(out)
+        values = (half.data_ptr(), out.data_ptr(), copy.data_ptr())
+        _library.deepscale_couple(self.address, sign, half.dtype != out.dtype, GRID_SHIFT, *values)
+        return copy
 
     def backward(self, g: Tensor, saved: Saved, i: int, grads: "Gradients") -> Tensor:
         """Gradient (M, C) on block i's output -> on its input; the folded weights' gradients are written to `grads`."""

@@ -565,6 +565,17 @@ void observe(const Stack& s, const T* g, const T* x, const T* d, T limit, double
     }
 }
 
+// half += sign * out, which is rounded first where `shift` is not 0; copy = half. Each thread takes whole images.
+template <class T, class Half>
+void couple(const Stack& s, int64_t sign, double shift, Half* half, const T* out, T* copy) {
+    const int64_t count = s.images * s.height * s.width * s.channels, threads = std::max<int64_t>(1, std::min(s.threads, s.images));
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count > 16384)
+    for (int64_t j = 0; j < count; ++j) {
+        half[j] += Half(sign) * (Half(out[j]) + Half(shift) - Half(shift));
+        copy[j] = T(half[j]);
+    }
+}
+
 template <class T, class Work>
 void with_width(int64_t channels, Work work) {
     constexpr int MOST = BYTES / sizeof(T);
@@ -609,6 +620,13 @@ int deepscale_observe(const Stack* s, const void* g, const void* x, const void* 
         if (s->float64) observe(*s, (const double*)g, (const double*)x, (const double*)d, limit, out);
         else observe(*s, (const float*)g, (const float*)x, (const float*)d, float(limit), out);
     });
+}
+
+int deepscale_couple(const Stack* s, int64_t sign, int64_t wide, double shift, void* half, const void* out, void* copy) {
+    if (s->float64) couple(*s, sign, 0.0, (double*)half, (const double*)out, (double*)copy);
+    else if (wide) couple(*s, sign, shift, (double*)half, (const float*)out, (float*)copy);
+    else couple(*s, sign, 0.0, (float*)half, (const float*)out, (float*)copy);
+    return 0;
 }
 
 int deepscale_backward(const Stack* s, int64_t i, const void* g, const void* x, const void* xhat, const void* inverse, void* d, const void* a,
