@@ -257,7 +257,8 @@ def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
     """The sentence for memory that ran out: what was planned, what was in use, and what to switch on."""
     planned, advice = run.plan.memory.total, outcome.memory_advice(run.plan.config, run.place.size)
     asked = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"out of memory on {run.place.device}: planned {progress.gib(planned)}, at most {progress.gib(peak)} were in use ({asked}); {advice}"
+    used = f"planned {progress.gib(planned)} over the start, at most {progress.gib(peak)} were in use in all"
+    return f"out of memory on {run.place.device}: {used} ({asked}); {advice}"
 
 
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Network:

@@ -160,7 +160,7 @@ def test_labels_of_made_up_records() -> None:
     assert (found.label, verdict(exploding).label) == ("vanishing", "exploding")
     assert found.numbers["slope_decades_per_1000_layers"] == pytest.approx(8000 / 1004, rel=0.01)
     assert verdict(exploding).numbers["slope_decades_per_1000_layers"] == pytest.approx(-8000 / 1004, rel=0.01)
-    assert "of the last block's; within the stages it falls by 7.9 decades" in found.sentence
+    assert "of the last block's; within the stages it falls by 7.9 decades per 1,000 layers" in found.sentence
     assert verdict(vanishing, thresholds=Thresholds(vanishing_ratio=1e-9)).label == "healthy"
     vanishing.nonfinite[1, [0, 700]] = 0.5
     found = verdict(vanishing, 1)
@@ -184,7 +184,9 @@ def test_steps_between_stages_are_not_depths_effect() -> None:
     assert found.numbers["slope_decades_per_1000_layers"] == pytest.approx(0, abs=1e-9)
     assert found.numbers["first_last_ratio"] == pytest.approx(1e-3)
     flow.output_grad_l2[0] *= 10 ** (flow.block_depths / 500)
-    assert verdict(flow, 0).numbers["slope_decades_per_1000_layers"] == pytest.approx(2.0, rel=1e-4)
+    found = verdict(flow, 0)
+    assert found.numbers["slope_decades_per_1000_layers"] == pytest.approx(2.0, rel=1e-4)
+    assert "it falls by 0.22 decades towards the image, over 110 layers" in found.sentence  # not by 2 per 1,000, of which it has no tenth
 
 
 def test_zeros_of_the_weights_behind_a_vanished_gradient_are_not_dead() -> None:

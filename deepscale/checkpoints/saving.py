@@ -159,8 +159,8 @@ class Saver:
 
     def _start(self, draft: Draft) -> None:
         thread = threading.Thread(target=self.writer, args=(draft,), name="checkpoint", daemon=True)
+        thread.start()  # which the system may refuse
         self.current = (draft, thread)
-        thread.start()
 
     def wait(self) -> None:
         """Until what was saved is in place, or has failed."""

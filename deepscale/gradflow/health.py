@@ -265,11 +265,11 @@ def _bulge(found: _Findings) -> str:
 def _slope(found: _Findings) -> str:
     if not np.isfinite(found.slope):
         return ""
-    size = "less than 0.01" if abs(found.slope) < 0.01 else _number(abs(found.slope))
-    inside = "within the stages" if found.stages > 1 else "towards the image"
-    return f"; {inside} it {'falls' if found.slope > 0 else 'grows'} by {size} decades per 1,000 layers" + (
-        " towards the image" if found.stages > 1 else ""
-    )
+    deep = found.flow.depth > 1000
+    change = abs(found.slope) * (1 if deep else found.flow.depth / 1000)  # of a shallower network nobody knows what 1,000 layers would do
+    size = "less than 0.01" if change < 0.01 else _number(change)
+    inside, end = ("within the stages", " towards the image") if found.stages > 1 else ("towards the image", "")
+    return f"; {inside} it {'falls' if found.slope > 0 else 'grows'} by {size} decades{' per 1,000 layers' if deep else ''}{end}"
 
 
 def _layers(found: _Findings) -> str:
