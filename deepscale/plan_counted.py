@@ -3,6 +3,7 @@
 An estimate beside the planner's formulas, which are calibrated: float32 whatever the precision, and no more than torch's autograd saves.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from deepscale.config import ModelConfig
 from deepscale.models import registry
 from deepscale.models.convnext import count_parameters
 from deepscale.models.registry import Images
+
+VALUES = ("init", "init_std")  # settings that change no shape
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,16 @@ def counted(model: ModelConfig, images: Images, micro: int = 1) -> Counted:
 
 
 def counted_flops(model: ModelConfig, images: Images, micro: int) -> tuple[int, int]:
-    """(forward, backward) FLOPs of a batch."""
+    """(forward, backward) FLOPs of a batch: `micro` times those of one image, whatever the initial values."""
+    usual = registry.defaults(model.model)
+    forward, backward = _flops_of_one(dataclasses.replace(model, **{name: usual[name] for name in VALUES}), images)
+    return micro * forward, micro * backward
+
+
+@functools.lru_cache(maxsize=64)
+def _flops_of_one(model: ModelConfig, images: Images) -> tuple[int, int]:
     with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as flops:
-        logits = registry.build(model, images)(torch.empty(micro, images.channels, images.side, images.side))
+        logits = registry.build(model, images)(torch.empty(1, images.channels, images.side, images.side))
         forward = flops.get_total_flops()
         logits.sum().backward()
     return forward, flops.get_total_flops() - forward

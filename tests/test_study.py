@@ -55,8 +55,8 @@ STUDY = Study(
     columns={"val/accuracy": "validation", "train/loss": "training loss", "bytes": "bytes of weights"},
     findings=(
         Finding("The computed one converges.", lambda found: found.converged("computed"), lambda found: f"it is {found.mean('computed')}"),
-        Finding("The large one converges.", lambda found: found.converged("too large")),
-        Finding("The trained one converges.", lambda found: found.converged("trained")),
+        Finding("The large one converges.", lambda found: found.converged("too large"), page.accuracies("too large")),
+        Finding("The trained one converges.", lambda found: found.converged("trained"), page.accuracies("trained")),
     ),
     profiles=("mean_abs", "output_grad_l2"),
 )  # fmt: skip

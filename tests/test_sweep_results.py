@@ -155,6 +155,12 @@ def place(in_tmp_path: Path, empty_store: Path) -> Callable[[str], Path]:
     return make
 
 
+def test_what_is_not_finite_stays_open() -> None:
+    """A curve that is read, thinned and written again: JSON has null for what no number stands for."""
+    points = rows.points([(1.0, 2.30258509), (2, math.nan), (3, math.inf)])
+    assert points == [[1, 2.30259], [2, None], [3, None]] == rows.points(points)
+
+
 def test_while_it_runs_and_where_trials_are_stopped(place: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     """A trial that goes on or has no memory is in no mean; one that a scheduler stopped only where no other has finished."""
     here = place(".")

@@ -160,8 +160,7 @@ def findings(found: Results) -> list[list[str]]:
     """Headings, and a line for each finding."""
     lines = [["finding", "here", "measured"]]
     for finding in found.study.findings:
-        said = finding.measured(found) if finding.measured else ""
-        lines.append([finding.sentence, ANSWERS[finding.holds(found)], said])
+        lines.append([finding.sentence, ANSWERS[finding.holds(found)], finding.measured(found)])
     return lines
 
 

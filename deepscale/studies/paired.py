@@ -22,6 +22,8 @@ INITS = {**{init: {"init": init} for init in (*INDEPENDENT, *PAIRED)}, **NO_NORM
 DEPTHS = (110, 1004)
 PROBED = 10001
 WITH_SKIP = "skip connections"
+RATES = ("3e-4", "3e-3")  # other learning rates, at 110 layers
+AT_RATES = (WITH_SKIP, *INDEPENDENT, "mirrored", "mirrored, no norm")
 
 
 def name_of(depth: int, init: str) -> str:
@@ -29,10 +31,25 @@ def name_of(depth: int, init: str) -> str:
     return f"{depth:,} layers, {init}"
 
 
+NETWORKS = {WITH_SKIP: {"skip": "identity", "init": "normal"}, **{name: {"skip": "none", **own} for name, own in INITS.items()}}
+
+
+def at_rate(name: str, rate: str) -> str:
+    """A case of 110 layers with another learning rate."""
+    return f"{name_of(110, name)}, lr {rate}"
+
+
 def _trainings() -> tuple[Case, ...]:
-    without = {name: {"skip": "none", **own} for name, own in INITS.items()}
-    every = {WITH_SKIP: {"skip": "identity", "init": "normal"}, **without}
-    return tuple(Case(name_of(depth, name), {"depth": str(depth), **own}) for depth in DEPTHS for name, own in every.items())
+    return tuple(Case(name_of(depth, name), {"depth": str(depth), **own}) for depth in DEPTHS for name, own in NETWORKS.items())
+
+
+def _other_rates() -> tuple[Case, ...]:
+    return tuple(Case(at_rate(name, rate), {"depth": "110", **NETWORKS[name]}) for name in AT_RATES for rate in RATES)
+
+
+def _tried(*names: str) -> list[str]:
+    """The trainings of 110 layers, with whatever learning rate."""
+    return [*_of(110, names), *(at_rate(name, rate) for name in names if name in AT_RATES for rate in RATES)]
 
 
 def _probes() -> tuple[Case, ...]:
@@ -57,7 +74,8 @@ def _nothing_trains(found: Results) -> bool | None:
 
 def _independent_do_not(found: Results) -> bool | None:
     """At the published depths, of which the deeper one may be missing."""
-    known = [none for depth in DEPTHS if (none := found.none_converged(*_measured(found, _of(depth, INDEPENDENT)))) is not None]
+    tried = (_tried(*INDEPENDENT), _of(1004, INDEPENDENT))
+    known = [none for names in tried if (none := found.none_converged(*_measured(found, names))) is not None]
     return all(known) if known and found.scale != SMOKE else None
 
 
@@ -67,9 +85,12 @@ def _paired_do(found: Results) -> bool | None:
 
 
 def _as_good(found: Results) -> bool | None:
-    own = [found.mean(name_of(110, name)) for name in (*PAIRED, *NO_NORM)]
-    best, skip = max((value for value in own if value is not None), default=None), found.mean(name_of(110, WITH_SKIP))
+    best, skip = (_best(found, _tried(*names)) for names in ((*PAIRED, *NO_NORM), (WITH_SKIP,)))
     return None if best is None or skip is None else best >= skip - NEAR
+
+
+def _best(found: Results, names: list[str]) -> float | None:
+    return max((value for name in names if (value := found.mean(name)) is not None), default=None)
 
 
 def _reached(names: Iterable[str], *depths: int) -> Callable[[Results], str]:
@@ -109,7 +130,7 @@ STUDY = Study(
     question="Without skip connections nothing trains, found the original. Does anything, with initial weights of which a block is an isometry?",
     source='"Going Beyond the 1000-Layer Convolution Network" (Ludwiczuk) for the claim; the weights: Saxe et al. (arXiv:1312.6120), Balduzzi et al. '
     "(arXiv:1702.08591)",
-    cases=(*_trainings(), *_probes()),
+    cases=(*_trainings(), *_other_rates(), *_probes()),
     scales={
         SMOKE: Scale(
             {**TINY, "width": "2", "lr": "1e-3"},
@@ -123,10 +144,13 @@ STUDY = Study(
                 "max_steps": "300", "eval_every": "150", "eval_images": "2000",
             },
             seeds=(0, 1, 2),
-            once=tuple(case.name for case in (*_trainings(), *_probes()) if not case.name.startswith("110 ")),
-            changes={name_of(1004, name): {"lr": "2e-4", "max_steps": "150", "eval_every": "75"} for name in (WITH_SKIP, *INITS)},
+            once=tuple(case.name for case in (*_trainings(), *_other_rates(), *_probes()) if case.name not in _of(110, NETWORKS)),
+            changes={
+                **{name_of(1004, name): {"lr": "2e-4", "max_steps": "150", "eval_every": "75"} for name in NETWORKS},
+                **{at_rate(name, rate): {"lr": rate} for name in AT_RATES for rate in RATES},
+            },
             note="width 8 instead of 64, patches of 4 x 4 pixels instead of single ones, 300 steps instead of 100 epochs, no colour jitter; 1,004 "
-            "layers take 150 steps with a fifth of the learning rate, with one seed",
+            "layers take 150 steps with a fifth of the learning rate, with one seed; three learning rates at 110 layers, two of them with one seed",
         ),
         FULL: Scale(
             {
@@ -134,6 +158,7 @@ STUDY = Study(
                 "precision": "bf16",
             },
             seeds=(0, 1, 2),
+            cases=tuple(case.name for case in (*_trainings(), *_probes())),
             once=tuple(case.name for case in _probes()),
             changes={case.name: {"singular": "0"} for case in _probes()},  # its Jacobian has 65,536 rows
             note="the original's sizes and recipe",
@@ -148,13 +173,13 @@ STUDY = Study(
         Finding("Without skip connections nothing trains at 1,004 layers, with whatever initial weights.", _nothing_trains, _reached(INITS, 1004)),
         Finding(
             "With weights that are drawn one without the other (normal of deviation 0.02 as published, Kaiming, orthogonal) it does not train.",
-            _independent_do_not, _reached(INDEPENDENT, *DEPTHS),
+            _independent_do_not, accuracies(*_tried(*INDEPENDENT), *_of(1004, INDEPENDENT)),
         ),
         Finding("With weights of which a block is an isometry (paired, mirrored) it trains, at 110 and 1,004 layers.", _paired_do,
                 _reached(PAIRED, *DEPTHS)),
         Finding(
-            f"At 110 layers the best of them without skip connections gets within {NEAR * 100:g} points of the accuracy with them.",
-            _as_good, _reached((WITH_SKIP, *PAIRED, *NO_NORM), 110),
+            f"At 110 layers the best of them without skip connections gets within {NEAR * 100:g} points of the accuracy with them, each at its best "
+            "learning rate.", _as_good, accuracies(*_tried(WITH_SKIP, *PAIRED, *NO_NORM)),
         ),
         Finding(
             f"At {PROBED:,} layers weights drawn one without the other lose the gradient, or it explodes: by more than {FLAT:g} times.",
@@ -164,8 +189,8 @@ STUDY = Study(
     ),
     figures=(
         Figure("accuracy", "Validation accuracy of 110 layers while they train: mean over the seeds, bands of one standard deviation.",
-               figures.curves(ACCURACY, "train/loss", cases=_of(110, (WITH_SKIP, *INITS)))),
-        Figure("accuracy-1004", "The same of 1,004 layers, one seed.", figures.curves(ACCURACY, "train/loss", cases=_of(1004, (WITH_SKIP, *INITS)))),
+               figures.curves(ACCURACY, "train/loss", cases=_of(110, NETWORKS))),
+        Figure("accuracy-1004", "The same of 1,004 layers, one seed.", figures.curves(ACCURACY, "train/loss", cases=_of(1004, NETWORKS))),
         Figure("gradient", f"Gradient at the block outputs of {PROBED:,} layers before any training.",
                figures.against_depth("output_grad_l2", moments=(0,), cases=[case.name for case in _probes()])),
         Figure("signal", f"Signal in {PROBED:,} layers before any training.",

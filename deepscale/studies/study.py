@@ -213,7 +213,7 @@ class Finding:
 
     sentence: str
     holds: Callable[[Results], bool | None]
-    measured: Callable[[Results], str] | None = None
+    measured: Callable[[Results], str]
 
 
 @dataclass(frozen=True)

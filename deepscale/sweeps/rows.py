@@ -80,7 +80,7 @@ def of_run(run: MlflowRun, reader: Reader, metrics: Sequence[str] = (), curves: 
     }
 
 
-def points(curve: Sequence[Sequence[float]]) -> list[list[float | int | None]]:
+def points(curve: Sequence[Sequence[Any]]) -> list[list[float | int | None]]:
     """(x, value) pairs as JSON holds them: whole places as integers, six digits."""
     return [[int(x) if float(x).is_integer() else number(x), number(value)] for x, value in curve]
 
@@ -106,9 +106,9 @@ def lines(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(rest) + "\n}\n"
 
 
-def number(value: float) -> float | None:
-    """Six digits; JSON has no NaN and no infinity."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def number(value: float | None) -> float | None:
+    """Six digits; JSON has no NaN and no infinity, and None, which stands for them, stays."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _json(text: str | None) -> Any:
