@@ -92,7 +92,7 @@ def run(case: Case, place: world.World) -> dict[str, Any]:
 
 def run_plain(case: Case) -> dict[str, Any]:
     """The same steps with the unstacked reference, torch's AdamW and its OneCycle, all written out; on one rank."""
-    settings = Config().replace(patch_size=4, width=4, depth=14, **case["settings"])
+    settings = Config().replace(**{"patch_size": 4, "width": 4, "depth": 14, **case["settings"]})
     plain = PlainConvNeXt(settings.model, classes=CLASSES).initialise(0)
     recipe = settings.recipe
     decayed = [p for name, p in plain.named_parameters() if name.endswith("weight") and not name.endswith("norm.weight")]

@@ -466,3 +466,16 @@ def test_bench_sweep_says_why_a_sweep_failed(in_tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(worker.BenchError, match=r"--depth 14 --width 0 ended with exit code 2(.|\n)*--width"):
         sweep.run_sweep(in_tmp_path, "broken", {"depth": 14, "width": 0}, 1, 60.0)
+
+
+def test_reversible_measures_bytes_time_and_errors(bench: Callable[..., Rows], tmp_path: Path) -> None:
+    """Of 110 layers: what is kept is less than keeping all, reconstruction is exact, and the page holds every row."""
+    page = tmp_path / "page.md"
+    sizes = ("--depths", "110", "--batch-size", "2", "--rounds", "1", "--steps", "1", "--threads", "1", "--kernel", "torch")
+    rows = {what: row["median"] for what, row in bench("reversible", *sizes, "--page", str(page)).items()}
+    kept = {what.partition(" (")[0]: value for what, value in rows.items() if what.startswith("kept, ")}
+    assert 3 * kept["kept, reversible"] < kept["kept, reversible, all kept"]
+    errors = {what: value for what, value in rows.items() if what.startswith("error of gradients")}
+    assert len(errors) == 4 and set(errors.values()) == {0.0}
+    text = page.read_text()
+    assert all(f"| {what} " in text for what in rows) and f"deepscale bench reversible {' '.join(sizes)}" in text

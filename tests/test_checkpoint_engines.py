@@ -33,6 +33,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "z3 cpu_adam": OFFLOADED["z3 offloaded"],
     "z2 accumulated": ENGINES["z2"] | {"accumulation": 2, "schedule": "cosine"},
     "torch batchnorm": ENGINES["torch"] | BATCHNORM,
+    "z2 reversible": ENGINES["z2"] | {"skip": "reversible", "activations": "reconstruct", "drop_path": 0.5},
     "z0 fp16": ENGINES["z0"] | {"precision": "fp16"},
     "z2 fp16": ENGINES["z2"] | {"precision": "fp16"},
     "z3 bf16": ENGINES["z3"] | {"precision": "bf16"},

@@ -49,12 +49,13 @@ POLICIES = ("selective", "recompute", "offload")
 
 
 VGG = {"model": "vgg", "layerscale_init": "auto"}
-# Other optimisers than AdamW, and another network than ConvNeXt. Adam and SGD add the decay to the gradient.
+# Other optimisers than AdamW, another network than ConvNeXt, and other blocks. Adam and SGD add the decay to the gradient.
 OTHERS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam", "weight_decay": 0.1},
     "sgd": {"optimizer": "sgd", "lr": 0.05},
     "momentum": {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9},
     "vgg": {**VGG, "optimizer": "adam", "schedule": "cosine", "skip": "identity", "clip": 0.1, "sync_batchnorm": True},
+    "reversible": {"skip": "reversible", "activations": "reconstruct", "width": 8, "clip": 0.1},
 }
 
 
@@ -71,6 +72,7 @@ def one_rank_cases() -> Iterator[Case]:
         yield case(engine, "clipped", clip=0.05)
         yield case(engine, "batchnorm", norm="batchnorm")
     yield plain("batchnorm", norm="batchnorm")
+    yield plain("reversible", skip="reversible", width=8, clip=0.1)
     for activations in ("keep", *POLICIES):
         yield case("torch", f"batchnorm accumulated {activations}", norm="batchnorm", accumulation=2, activations=activations)
         yield case("z2", f"batchnorm {activations}", norm="batchnorm", activations=activations)
@@ -187,7 +189,7 @@ def test_bit_equality_lasts(one: Results, stage: str) -> None:
     assert_bit_equal(one[f"{stage} long"], one["torch long"])
 
 
-@pytest.mark.parametrize("norm", [*NORMS, "batchnorm"])
+@pytest.mark.parametrize("norm", [*NORMS, "batchnorm", "reversible"])
 def test_the_torch_engine_equals_the_plain_network_with_torchs_own_adamw(one: Results, norm: str) -> None:
     found, expected = one[f"torch {norm}"], one[f"plain {norm}"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)

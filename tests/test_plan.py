@@ -5,6 +5,7 @@ Times come from `cost_model`, a number per floating point operation, but for the
 """
 
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -86,7 +87,7 @@ BY_HAND: list[dict[str, Any]] = [
     {"precision": "bf16"}, {"precision": "fp32"}, {"activations": "recompute"}, {"activations": "keep", "depth": 26}, {"stack_size": 3},
     {"workers": 5}, {"segment": 2, "activations": "recompute"}, {"segment": 7}, {"segment": None, "depth": 26}, {"threads": 3},
     {"layerscale_init": None}, {"layerscale_init": 1e-6}, {"blocks": (1, 2, 3, 4)}, {"engine": "torch"}, {"accumulation": 4, "batch_size": 8},
-    {"lr": 0.5, "clip": 0.0},
+    {"lr": 0.5, "clip": 0.0}, {"skip": "reversible"}, {"skip": "reversible", "activations": "keep", "depth": 26},
 ]  # fmt: skip
 
 
@@ -105,8 +106,16 @@ def test_a_segment_given_by_hand_says_whether_blocks_are_recomputed() -> None:
     assert resolve(depth=26, activations="recompute").config.engine.segment == FAST_SEGMENT
 
 
+def test_reversible_blocks_are_reconstructed_unless_told() -> None:
+    """Even where everything could be kept."""
+    for machine, depth in itertools.product((CPU_16GIB, FAKE_GPU_24GIB), (26, 10_000)):
+        found = resolve(machine, depth=depth, skip="reversible").config.engine
+        assert (found.activations, found.segment) == ("reconstruct", None)
+
+
 def test_layerscale_is_resolved_from_the_skip() -> None:
     assert resolve(depth=26).config.model.layerscale_init == 0.0
+    assert resolve(depth=26, skip="reversible").config.model.layerscale_init == 0.0
     assert resolve(depth=26, skip="none").config.model.layerscale_init is None
 
 

@@ -20,6 +20,7 @@ from deepscale.world import World
 
 GIB = 2**30
 GPU = Machine("cuda", 24 * GIB, 128 * GIB, True, 1)
+REVERSIBLE = {"skip": "reversible", "activations": "reconstruct", "segment": None}
 SHAPE = {"channels": 3, "image_size": 32, "classes": 10}
 
 
@@ -39,7 +40,9 @@ def planned(ranks: int = 1, **values: Any) -> Memory:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"norm": "rmsnorm"}, {"norm": "none"}, {"norm": "batchnorm", "norm_scope": "blocks"}, {"layerscale_init": None}], ids=str
+    "values",
+    [{}, {"norm": "rmsnorm"}, {"norm": "none"}, {"norm": "batchnorm", "norm_scope": "blocks"}, {"layerscale_init": None}, REVERSIBLE],
+    ids=str,
 )
 @pytest.mark.parametrize("depth", [14, 110])
 def test_parameters_are_those_of_the_network(depth: int, values: dict[str, Any]) -> None:
@@ -66,14 +69,24 @@ def test_states_of_plain_torch_are_those_that_exist() -> None:
     assert (states.weights, states.gradients, states.optimizer) == (weights, gradients, moments)
 
 
-@pytest.mark.parametrize(("policy", "segment"), [("keep", None), ("selective", None), ("recompute", 1), ("recompute", 4)])
-def test_kept_bytes_are_those_that_live_on_after_a_forward_pass(policy: str, segment: int | None) -> None:
+@pytest.mark.parametrize(
+    ("policy", "segment", "skip"),
+    [
+        ("keep", None, "identity"), ("selective", None, "identity"), ("recompute", 1, "identity"), ("recompute", 4, "identity"),
+        ("keep", None, "reversible"), ("reconstruct", None, "reversible"),
+    ],
+)  # fmt: skip
+def test_kept_bytes_are_those_that_live_on_after_a_forward_pass(policy: str, segment: int | None, skip: str) -> None:
     """Of a whole network, stem, downsamplings and head included; the head's own are not planned and below a thousandth."""
-    own = configuration(depth=110, width=8, batch_size=4, engine="torch").replace(activations=policy, segment=segment)
+    own = configuration(depth=110, width=8, batch_size=4, engine="torch").replace(activations=policy, segment=segment, skip=skip)
     model = policy_of(own).apply(ConvNeXt(own.model, stack_size=own.engine.stack_size)).initialise(0)
     images, _ = random_batch(4)
     kept = sum(need.kept for need in needs_of(own, stages_of(own, images_of(own, 1, **SHAPE)), images_of(own, 1, **SHAPE)))
     assert kept - images.nbytes == pytest.approx(kept_bytes(model, images), rel=2e-3)
+
+
+def test_what_is_kept_of_reversible_blocks_does_not_depend_on_the_depth() -> None:
+    assert planned(**REVERSIBLE).kept == planned(depth=10_001, **REVERSIBLE).kept < planned(depth=10_001).kept / 10
 
 
 # -------------------------------------------------------------------------------------------------------- ranks and stages

@@ -12,11 +12,12 @@ from deepscale.activations import Block, KeepAll, Policy, Recompute, Reconstruct
 from deepscale.bench.kept import Alive, kept_bytes
 from deepscale.config import NORM_NAMES, ModelConfig, parse
 from deepscale.errors import UsageError
-from deepscale.models.block import BlockSpec
+from deepscale.models.block import BlockSpec, rounded
 from deepscale.models.convnext import ConvNeXt, cross_entropy, use_kernel
 from deepscale.models.naming import load_plain, to_plain
 from deepscale.models.observe import BlockObserver
 from deepscale.models.reference import PlainConvNeXt
+from deepscale.models.reversible import inverse
 from deepscale.models.stack import BlockStack
 
 BLOCKS = (2, 1, 5, 2)
@@ -171,6 +172,18 @@ def test_beyond_the_grid_gradients_are_still_right() -> None:
         found.append([x.grad, *(p.grad for p in stack.parameters())])
     for kept, ours in zip(*found, strict=True):
         assert (ours - kept).norm() <= 1e-6 * kept.norm()
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORM_NAMES)
+def test_an_inverse_gives_the_input_back(norm: str, low: torch.dtype | None) -> None:
+    """Rounded to the grid, in every bit."""
+    stack = randomised(BlockStack(BlockSpec(4, 3, "gelu", norm, "reversible", "scalar"), 0, 7)).eval()
+    x = drawn(2, 8, 5, 5, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=low, enabled=low is not None):
+        y = stack(x)
+        assert torch.equal(inverse(stack, y), rounded(x))
+    assert (y - rounded(x)).norm() > 0.1 * x.norm()
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory

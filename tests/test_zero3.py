@@ -33,6 +33,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     cases += [{"name": "parameters offloaded", "steps": STEPS, "settings": {"zero": 3, "offload": "cpu", **POLICIES["recompute"]}}]
     cases += [{"name": "DeepSpeed's own sizes", "steps": STEPS, "settings": {"zero": 3, "deepspeed_config": str(own_sizes)}}]
     cases += [{"name": "sliced by autograd", "steps": 1, "settings": {"zero": 3}, "sliced": True}]
+    reversible = {"skip": "reversible", "activations": "reconstruct"}
+    cases += [{"name": "torch reversible", "steps": STEPS, "settings": {"engine": "torch", "zero": 0, **reversible}}]
+    cases += [{"name": "reversible", "steps": STEPS, "settings": {"zero": 3, **reversible}}]
     accumulated = {"accumulation": 2}
     cases += [{"name": "torch accumulated", "steps": STEPS, "settings": {"engine": "torch", "zero": 0, **accumulated}}]
     cases += [{"name": "accumulated", "steps": STEPS, "settings": {"zero": 3, **accumulated, **POLICIES["recompute"]}}]
@@ -41,7 +44,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     return results
 
 
-ZERO3 = (*POLICIES, "parameters offloaded", "accumulated")
+ZERO3 = (*POLICIES, "parameters offloaded", "accumulated", "reversible")
 
 
 @pytest.mark.parametrize("name", ZERO3)
@@ -61,6 +64,12 @@ def test_what_is_planned_to_be_gathered_is_not_exceeded(ranks: list[Results], na
     assert 0.8 * planned < ranks[0][name]["elements"] <= planned
 
 
+@pytest.mark.parametrize("name", ["torch reversible", "reversible"])
+def test_reversible_stacks_know_each_other_through_the_engines_hooks(ranks: list[Results], name: str) -> None:
+    """Of the 12 stacks' outputs a pass holds one for each of the four stages."""
+    assert [rank[name]["held"] for rank in ranks] == [4, 4]
+
+
 def test_deepspeeds_own_sizes_gather_all(ranks: list[Results]) -> None:
     found = ranks[0]["DeepSpeed's own sizes"]
     assert found["elements"] == found["total"] and found["together"] == 12
@@ -77,7 +86,7 @@ def test_slices_saved_by_autograd_would_hold_every_stack(ranks: list[Results]) -
 def test_zero3_trains_as_plain_torch_does(ranks: list[Results], name: str) -> None:
     """Losses, an evaluation between the steps, gradients of the first and the last step, and the weights at the end."""
     for rank in ranks:
-        found, expected = rank[name], rank["torch accumulated" if name == "accumulated" else "torch"]
+        found, expected = rank[name], rank[f"torch {name}" if name in ("accumulated", "reversible") else "torch"]
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert len(found["gradients"]) == len(expected["gradients"]) == 2
         for own, other in zip(found["gradients"], expected["gradients"], strict=True):

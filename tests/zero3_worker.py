@@ -6,6 +6,7 @@ A case is {"name", "settings" (flat, beside SETTINGS), "steps", "sliced"}; every
 network is one whose blocks are cut out of stacked parameters by autograd itself, as BlockStack does not.
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from deepscale.config import Config
 from deepscale.engine import DeepSpeedEngine, build_engine
 from deepscale.loop import train_step
 from deepscale.models.convnext import ConvNeXt, Head
+from deepscale.models.reversible import Held
 from deepscale.models.stack import BlockStack
 
 SETTINGS: dict[str, Any] = {
@@ -84,6 +86,10 @@ def run(case: Case, place: world.World) -> dict[str, Any]:
     result = {"losses": losses, "gradients": gradients, "settings": engine.settings}
     if isinstance(model, ConvNeXt):
         result["state"] = gathered_state(model, engine)
+        if settings.model.skip == "reversible":
+            logits = engine.forward(global_batch(99)[0])
+            result["held"] = sum(type(own) is Held and own.value is not None for own in gc.get_objects())
+            del logits
     if watched is not None:
         result |= {name: getattr(watched, name) for name in ("elements", "together", "alive", "largest", "total")}
     return result

@@ -85,6 +85,22 @@ def apply(
     return _ReversibleFunction.apply(x, stack, branch, reconstruct, before, masks, passing, *parameters)
 
 
+@torch.no_grad()
+def inverse(stack: "BlockStack", y: Tensor) -> Tensor:
+    """A stack's input, reconstructed from its output (B, C, H, W) as backward does it; of a stack in evaluation, which drops no block."""
+    stream = torch.promote_types(stack.stacked()["pwconv1.weight"].dtype, torch.float32)
+    branch, moments = stack.branch_dtype(y.device.type), moments_of(stack, stream)
+    with torch.autocast(y.device.type, enabled=False):
+        weights = Weights(stack.spec, {name: value.detach() for name, value in stack.stacked().items()}, stream, branch)
+        first, second = halves_of(y, y.dtype)
+        given = first.to(stream, copy=True)
+        work = work_of(stack.kernel, stack.spec, weights, given, moments, True, None, None)
+        for i in reversed(range(stack.blocks)):
+            given = work.couple(second, work.forward(given, i), -1)
+            first, second = second, first
+        return whole((first, second))
+
+
 def _held_of(x: Tensor) -> Held | None:
     """What holds x, if that is the output of a stack."""
     node: Any = x.grad_fn

@@ -172,15 +172,18 @@ class BlockStack(nn.Module):
         """Outputs of a block's activation for each pixel."""
         return 4 * self.spec.channels
 
+    def branch_dtype(self, device: str) -> torch.dtype:
+        """What branches compute in: autocast's dtype where that is on."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.stacked()["pwconv1.weight"].dtype
+
     def stacked(self) -> dict[str, nn.Parameter]:
         """The parameters by the plain network's names within a block."""
         return {name: getattr(self, name.replace(".", "_")) for name in self.spec.shapes()}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W), in the stream's dtype; the branch runs in autocast's dtype where that is on."""
-        device = x.device.type
         parameters = tuple(self.stacked().values())
-        branch = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+        branch = self.branch_dtype(x.device.type)
         keeping = self.keeping if torch.is_grad_enabled() else None
         x = x.contiguous(memory_format=torch.channels_last)
         masks = self._masks(x)
