@@ -12,7 +12,7 @@ PUBLISHED = {("0", "scalar"): 0.087, ("1e-6", "scalar"): 0.423, ("1", "scalar"):
 GAMMAS, SHAPES = ("none", "0", "1e-6", "1e-4", "1e-2", "0.1", "1"), ("scalar", "channel")
 ABOVE_CHANCE = 0.2
 COMMAND = "python tune/sweep.py tune/spaces/layerscale.yaml --name"
-SMALL = "layerscale-110 --width 8 --lr 2e-3 --max-steps 700 --eval-every 350 --eval-images 2000"
+SMALL = "layerscale-110 --width 8 --lr 2e-3 --max-steps 350 --eval-every 175 --eval-images 2000"
 LARGE = "layerscale-1004 --depth 1004 --width 64 --patch-size 1 --lr 1e-3 --max-steps none --epochs 100"
 
 
@@ -54,7 +54,7 @@ STUDY = Study(
         scale: Scale(note=note, sweep=from_sweep(text.split()[0], f"{COMMAND} {text}"))
         for scale, note, text in (
             (SMOKE, "the rows of cpu scale", SMALL),
-            (CPU, "110 layers of width 8 with patches of 4 x 4 pixels, 700 steps (one epoch) instead of 1,000 layers, 100 epochs", SMALL),
+            (CPU, "110 layers of width 8 with patches of 4 x 4 pixels, 350 steps (half an epoch) instead of 1,000 layers, 100 epochs", SMALL),
             (FULL, "the original's sizes", LARGE),
         )
     },
