@@ -479,3 +479,12 @@ def test_reversible_measures_bytes_time_and_errors(bench: Callable[..., Rows], t
     assert len(errors) == 4 and set(errors.values()) == {0.0}
     text = page.read_text()
     assert all(f"| {what} " in text for what in rows) and f"deepscale bench reversible {' '.join(sizes)}" in text
+    page.unlink()
+    main(["reversible", "--merge", str(tmp_path / "numbers.json"), "--page", str(page)])
+    assert page.read_text() == text
+    for arguments, sentence in (
+        ([str(page), "--page", str(page)], "is no file of deepscale bench reversible"),
+        ([str(page)], "type --page FILE, too"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            main(["reversible", "--merge", *arguments])

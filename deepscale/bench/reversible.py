@@ -6,8 +6,9 @@ stage, the longest, against the one that forward had; of a stream in float64 who
 """
 
 import argparse
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from deepscale.bench.report import Goal, Report, Row, check_writable, markdown, 
 from deepscale.config import Config
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.engine import TorchEngine
+from deepscale.errors import UsageError
 from deepscale.models.block import rounded
 from deepscale.models.convnext import ConvNeXt, cross_entropy, default_stack_size
 from deepscale.models.reversible import inverse
@@ -59,8 +61,13 @@ def main(arguments: list[str]) -> None:
     options.kernel()
     options.parser.add_argument("--part", choices=("all", "time", "errors"), default="all", help="what to measure (default: all)")
     options.parser.add_argument("--page", type=Path, metavar="FILE", help="also write a page in Markdown")
+    text = "measure nothing: the page is that of these files of --json, together"
+    options.parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help=text)
     values, report = options.parse(arguments)
     check_writable(values.page, "--page")
+    if values.merge:
+        _merge(values.merge, values.page)
+        return
     torch.set_num_threads(values.threads)
     for depth in sorted({depth_of_blocks(blocks_for_depth(depth)) for depth in values.depths}):
         trained = _compare(values, depth, report) if values.part != "errors" else _reversible(values, depth)
@@ -68,7 +75,23 @@ def main(arguments: list[str]) -> None:
     report.notes.append("images are random, 32x32, the same in every step; MB are 1e6 bytes, of all that a forward pass leaves for backward")
     report.publish(values.json)
     if values.page is not None:
-        write_text(values.page, page(report))
+        write_text(values.page, page([report.as_json()]))
+
+
+def _merge(files: list[Path], out: Path | None) -> None:
+    """The page of several runs. Raises UsageError for a file that is none of this bench's, and without a page."""
+    if out is None:
+        raise UsageError("--merge makes a page of files of --json; type --page FILE, too")
+    runs = []
+    for file in files:
+        try:
+            runs.append(json.loads(file.read_text()))
+            known = runs[-1]["bench"] == "reversible"
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise UsageError(f"{file} is no file of deepscale bench reversible --json; type those that are")
+    write_text(out, page(runs))
 
 
 def _settings(values: argparse.Namespace, depth: int) -> Config:
@@ -221,34 +244,17 @@ Accuracy beside identity skip: `deepscale study reversible`.
 """
 
 
-def page(report: Report) -> str:
-    """The page in Markdown."""
-    rows = [
-        [row.what, row.unit, number(row.median), f"{number(min(row.values))} to {number(max(row.values))}", str(len(row.values))]
-        for row in report.rows
-    ]
-    where = ", ".join(f"{name} {value}" for name, value in report.hardware.items())
-    versions = ", ".join(f"{name} {value}" for name, value in report.as_json()["versions"].items())
-    lines = [
-        INTRODUCTION,
-        "## Bytes, time and gradients",
-        "",
-        *markdown([["what", "unit", "median", "range", "n"], *rows], left=2),
-        "",
-        *_error_table(report.records),
-        *(f"{note[0].upper()}{note[1:]}." for note in report.notes),
-        "",
-        f"{', '.join(f'{name} {value}' for name, value in report.sizes.items())}. {where}; {versions}. Measure again, and write this page:",
-        "",
-        "```bash",
-        report.command,
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _error_table(records: list[dict[str, str | float]]) -> list[str]:
-    if not records:
-        return []
-    cells = [[cell if isinstance(cell, str) else number(cell) for cell in record.values()] for record in records]
-    return ["## Errors of reconstruction, relative, L2", "", *markdown([list(records[0]), *cells], left=2), ""]
+def page(runs: Sequence[dict[str, Any]]) -> str:
+    """The page in Markdown, of one run's JSON or of several's."""
+    rows = [row for run in runs for row in run["rows"]]
+    cells = [[row["what"], row["unit"], number(row["median"]), f"{number(row['min'])} to {number(row['max'])}", str(row["n"])] for row in rows]
+    lines = [INTRODUCTION, "## Bytes, time and gradients", "", *markdown([["what", "unit", "median", "range", "n"], *cells], left=2), ""]
+    records = [record for run in runs for record in run.get("records", ())]
+    if records:
+        errors = [[cell if isinstance(cell, str) else number(cell) for cell in record.values()] for record in records]
+        lines += ["## Errors of reconstruction, relative, L2", "", *markdown([list(records[0]), *errors], left=2), ""]
+    lines += [*(f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(note for run in runs for note in run["notes"])), "", "## Measure again", ""]
+    for run in runs:
+        where, versions = (", ".join(f"{name} {value}" for name, value in run[part].items()) for part in ("hardware", "versions"))
+        lines += [f"{where}; {versions}:", "", "```bash", run["command"], "```", ""]
+    return "\n".join(lines)
