@@ -42,7 +42,9 @@ def pair(stack_size: int = 2, **settings: Any) -> tuple[ConvNeXt, PlainConvNeXt]
     return stacked, plain
 
 
-@pytest.mark.parametrize("settings", [{}, {"layerscale_shape": "channel"}, {"skip": "deepnorm", "layerscale_init": None}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"layerscale_shape": "channel"}, {"skip": "deepnorm", "layerscale_init": None}, {"skip": "reversible"}], ids=str
+)
 @pytest.mark.parametrize("stack_size", [1, 4])
 def test_use_is_what_every_block_adds_over_what_it_is_given(settings: dict[str, Any], stack_size: int) -> None:
     """Against hooks on the plain blocks, float64, images weighing alike whatever their batch; the network is left as it was."""
@@ -51,6 +53,7 @@ def test_use_is_what_every_block_adds_over_what_it_is_given(settings: dict[str, 
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         (x,) = inputs
+        x = torch.cat(x.chunk(2, 1)[::-1], 1) if module.coupled else x  # whose halves change places
         seen[-1].append((out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
 
     for stage in plain.path:
