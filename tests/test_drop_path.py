@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepscale import ops
-from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Selective
+from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Reconstruct, Selective
 from deepscale.config import Config, ModelConfig
 from deepscale.errors import UsageError
 from deepscale.gradflow.health import NEVER, Thresholds, verdict
@@ -31,7 +31,7 @@ def network(policy: Policy = POLICIES[0], kernel: str = "torch", **settings: Any
     if kernel == "native" and (reason := ops.ensure_ops(["block"], print)["block"]):
         assert missing_compiler(), reason
         pytest.skip(reason)
-    model = ModelConfig(blocks=BLOCKS, width=4, patch_size=2, **{"drop_path": 0.8, "drop_path_mode": "batch", "layerscale_init": 0.5, **settings})
+    model = ModelConfig(blocks=BLOCKS, patch_size=2, **{"width": 4, "drop_path": 0.8, "drop_path_mode": "batch", "layerscale_init": 0.5, **settings})
     plain = PlainConvNeXt(model).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -55,9 +55,13 @@ def given(draws: Iterator[float]) -> Callable[..., Tensor]:
     return rand
 
 
+ADDING: tuple[dict[str, Any], ...] = ({}, {"skip": "deepnorm", "layerscale_init": None, "norm": "none"})
+COUPLED = {"skip": "reversible", "width": 8}
+CASES = [*itertools.product(ADDING, POLICIES), (COUPLED, KeepAll()), (COUPLED, Reconstruct())]
+
+
 @pytest.mark.parametrize("kernel", ["torch", "native"])
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("settings", [{}, {"skip": "deepnorm", "layerscale_init": None, "norm": "none"}], ids=["identity", "deepnorm"])
+@pytest.mark.parametrize(("settings", "policy"), CASES, ids=str)
 def test_stacked_is_plain_given_the_same_draws(settings: dict[str, Any], policy: Policy, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and all gradients; a dropped block's are exactly 0 here and absent there. Blocks are dropped at the ends of stacks and inside."""
     stacked, plain = network(policy, kernel, **settings)
