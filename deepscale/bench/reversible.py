@@ -239,6 +239,10 @@ In floating point x + f - f is not x, and what is lost adds up over the blocks. 
 rounded to a multiple of 2^-32 on its way into it: such sums are exact below 2^21, and everything that is reconstructed is so in every bit; beyond, a
 block loses at most 2^-53 of the stream. Branches, norms and all that is outside the blocks stay in float32, or in the branches' low precision.
 
+It goes with every ZeRO stage and offload, low precision, stochastic depth (of images, whose factors are kept, and of blocks), BatchNorm (whose
+statistics are kept, and counted once), records, checkpoints and export. Refused are odd widths, `--activations selective|recompute|offload`,
+`--segment`, and networks other than ConvNeXt.
+
 At the same `--width` a branch has half of the channels, so a quarter of the weights; at twice the width it is the branch of the identity skip.
 Accuracy beside identity skip: `deepscale study reversible`.
 """
