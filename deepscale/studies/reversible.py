@@ -75,7 +75,7 @@ STUDY = Study(
     },
     columns={
         ACCURACY: "validation", "test/accuracy": "test", "train/loss": "training loss", "parameters": "parameters",
-        "perf/step_s median": "step, s", "grad/first_last_ratio": "gradient, first block / last",
+        "grad/first_last_ratio": "gradient, first block / last",
     },
     findings=tuple(_finding(network, depth) for depth in DEPTHS for network in (SAME, TWICE)),
     figures=tuple(
