@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from deepscale.models.block import Gradients, Weights, rounded, rows_of
 from deepscale.models.observe import BlockObserver
-from deepscale.models.work import moments_of, note_moments, work_of
+from deepscale.models.work import backward_of, moments_of, note_moments, work_of
 
 if TYPE_CHECKING:
     from deepscale.models.stack import BlockStack
@@ -164,18 +164,12 @@ class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        if ctx.spent:
-            raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
-        ctx.spent = True
         spec, output, observer, held = ctx.spec, outputs[0], ctx.observer, ctx.held
-        first, second = held.take() if held is not None else (output, output)  # which are not touched
         with torch.autocast(output.device.type, enabled=False):
-            named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=True))
-            weights = Weights(spec, named, ctx.stream, ctx.branch, ctx.passing)
             gradients = halves_of(output, ctx.stream)
             shape = gradients[0].shape
-            shown = None if observer is None else _DerivativesOnly(observer)
-            work = work_of(ctx.kernel, spec, weights, gradients[0], ctx.moments, ctx.fixed, ctx.masks, shown)
+            named, weights, work = backward_of(ctx, ctx.stream, gradients[0], None if observer is None else _DerivativesOnly(observer))
+            first, second = held.take() if held is not None else gradients  # which are not touched
             grads = Gradients(spec, weights, gradients[0])
             g, h = (rows_of(own) for own in gradients)
             computed = set(weights.computed)

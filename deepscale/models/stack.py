@@ -19,7 +19,7 @@ from deepscale.models import reversible
 from deepscale.models.block import BlockSpec, Gradients, Weights, rows_of
 from deepscale.models.components import RunningStatistics
 from deepscale.models.observe import BlockObserver
-from deepscale.models.work import moments_of, note_moments, work_of
+from deepscale.models.work import backward_of, moments_of, note_moments, work_of
 
 
 class Store(Protocol):
@@ -88,14 +88,9 @@ class _StackFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        if ctx.spent:
-            raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
-        ctx.spent = True
         spec, output, observer = ctx.spec, outputs[0], ctx.observer
         with torch.autocast(output.device.type, enabled=False):
-            named = dict(zip(spec.shapes(), ctx.saved_tensors, strict=False))
-            weights = Weights(spec, named, output.dtype, ctx.branch, ctx.passing)
-            work = work_of(ctx.kernel, spec, weights, output, ctx.moments, ctx.fixed, ctx.masks, observer)
+            named, weights, work = backward_of(ctx, output.dtype, output, observer)
             batch, channels, height, width = output.shape
             grads = Gradients(spec, weights, output)
             g = rows_of(output.contiguous(memory_format=torch.channels_last))

@@ -43,3 +43,16 @@ def work_of(
     if kernel == "native" and native.computes(spec, x.device, weights.stream, weights.branch):
         return native.NativeWork(spec, weights, x, masks, observer)
     return TorchWork(spec, weights, norms_of(spec, weights.blocks, moments, fixed), masks, observer)
+
+
+def backward_of(ctx: Any, stream: torch.dtype, x: Tensor, observer: BlockObserver | None) -> tuple[dict[str, Tensor], Weights, Any]:
+    """What a pass's backward begins with, once, on branches shaped as x: (its parameters by name, as its blocks use them, who computes them).
+
+    ctx: of autograd, with what the pass has left there. Raises RuntimeError for a second backward.
+    """
+    if ctx.spent:
+        raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
+    ctx.spent = True
+    named = dict(zip(ctx.spec.shapes(), ctx.saved_tensors, strict=False))
+    weights = Weights(ctx.spec, named, stream, ctx.branch, ctx.passing)
+    return named, weights, work_of(ctx.kernel, ctx.spec, weights, x, ctx.moments, ctx.fixed, ctx.masks, observer)

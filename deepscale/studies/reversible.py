@@ -7,7 +7,7 @@ from deepscale.studies.page import accuracies
 from deepscale.studies.study import ACCURACY, CPU, FULL, SMOKE, TINY, Case, Converged, Figure, Finding, Results, Scale, Settings, Study
 
 IDENTITY, SAME, TWICE = "identity", "reversible", "reversible, twice the width"
-NETWORKS: dict[str, Settings] = {IDENTITY: {"skip": "identity"}, SAME: {"skip": "reversible"}, TWICE: {"skip": "reversible"}}
+NETWORKS = (IDENTITY, SAME, TWICE)
 DEPTHS = (110, 1004)
 LEARNED, BESIDE = 0.2, 0.02  # validation accuracies: twice chance; how near is as good
 RECIPE = {"dataset": "cifar10", "feed": "tensors"}
@@ -22,8 +22,10 @@ def _of(depth: int) -> tuple[str, ...]:
     return tuple(name_of(network, depth) for network in NETWORKS)
 
 
-def _twice(width: int) -> dict[str, Settings]:
-    return {name_of(TWICE, depth): {"width": str(2 * width)} for depth in DEPTHS}
+def _changes(width: int, shorter: Settings | None = None) -> dict[str, Settings]:
+    """Case -> twice the width, where that is its name, and fewer steps at 1,004 layers."""
+    wide = {"width": str(2 * width)}
+    return {name_of(n, depth): {**(wide if n == TWICE else {}), **(shorter or {} if depth == 1004 else {})} for n in NETWORKS for depth in DEPTHS}
 
 
 def _as_good(network: str, depth: int) -> Callable[[Results], bool | None]:
@@ -49,27 +51,29 @@ STUDY = Study(
     "skip, at the same width and at the same branch?",
     source="RevNet, Gomez et al. 2017 (arXiv:1707.04585): \"nearly identical classification accuracy to equally-sized ResNets\" on CIFAR-10, "
     "CIFAR-100 and ImageNet",
-    cases=tuple(Case(name_of(network, depth), {**settings, "depth": str(depth)}) for depth in DEPTHS for network, settings in NETWORKS.items()),
+    cases=tuple(
+        Case(name_of(network, depth), {"skip": IDENTITY if network == IDENTITY else "reversible", "depth": str(depth)})
+        for depth in DEPTHS for network in NETWORKS
+    ),
     scales={
         SMOKE: Scale(
             TINY,
             cases=(name_of(SAME, 110), name_of(TWICE, 110)),
-            changes=_twice(4),
+            changes=_changes(4),
             note="width 4 on synthetic images, four steps: only the machinery",
         ),
         CPU: Scale(
             {**RECIPE, "width": "8", "patch_size": "4", "batch_size": "64", "lr": "2e-3", "max_steps": "700", "eval_every": "175",
              "eval_images": "2000", "engine": "torch"},
             seeds=(0, 1, 2),
-            changes={name_of(network, 1004): {"max_steps": "350"} for network in NETWORKS}
-            | {name: {**settings, **({"max_steps": "350"} if "1,004" in name else {})} for name, settings in _twice(8).items()},
+            changes=_changes(8, {"max_steps": "350"}),
             note="width 8 (and 16), patches of 4 x 4 pixels; 700 steps of batch 64 (one epoch) at 110 layers, 350 at 1,004",
         ),
         FULL: Scale(
             {**RECIPE, "width": "64", "patch_size": "1", "batch_size": "64", "lr": "1e-3", "epochs": "100", "color_jitter": "0.2",
              "precision": "bf16"},
             seeds=(0, 1, 2),
-            changes=_twice(64),
+            changes=_changes(64),
             note="the first study's network and recipe",
         ),
     },
