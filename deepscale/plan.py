@@ -15,7 +15,7 @@ from deepscale.models.convnext import default_stack_size
 from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
 from deepscale.plan_network import Images, flops_of, images_of
-from deepscale.plan_time import measure_step_s
+from deepscale.plan_time import CORE_FLOPS, measure_step_s
 from deepscale.progress import gib
 from deepscale.world import World
 
@@ -26,8 +26,6 @@ STEP_SHARE = 1 / 40  # of the time budget that one step may take
 STEP_LIMIT_S = 10.0  # without a time budget
 # Threads must pay: a network of small operators that gains little from them stalls tenfold as soon as another process takes a core.
 THREADS_GAIN = 1.5
-# No core runs faster than this in float32: a candidate whose FLOPs need longer is not worth measuring.
-CORE_FLOPS = 150e9
 COPIED = 12  # bytes a parameter in a checkpoint: weight and two moments
 KEPT = {
     "keep": "activations kept",

@@ -34,9 +34,19 @@ class Counted:
         return sum(map(sum, self.tensors))
 
 
-@functools.lru_cache(maxsize=64)
 def counted(model: ModelConfig, images: Images, micro: int = 1) -> Counted:
-    """The network on a batch of `micro` images."""
+    """The network on a batch of `micro` images, whatever the initial values."""
+    return _counted(_shapes(model), images, micro)
+
+
+def _shapes(model: ModelConfig) -> ModelConfig:
+    """The settings with the usual initial values: studies have many networks that differ in these alone."""
+    usual = registry.defaults(model.model)
+    return dataclasses.replace(model, **{name: usual[name] for name in VALUES})
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(model: ModelConfig, images: Images, micro: int) -> Counted:
     with torch.device("meta"), torch.enable_grad():
         network = registry.build(model, images)
         batch = torch.empty(micro, images.channels, images.side, images.side)
@@ -58,8 +68,7 @@ def counted(model: ModelConfig, images: Images, micro: int = 1) -> Counted:
 
 def counted_flops(model: ModelConfig, images: Images, micro: int) -> tuple[int, int]:
     """(forward, backward) FLOPs of a batch: `micro` times those of one image, whatever the initial values."""
-    usual = registry.defaults(model.model)
-    forward, backward = _flops_of_one(dataclasses.replace(model, **{name: usual[name] for name in VALUES}), images)
+    forward, backward = _flops_of_one(_shapes(model), images)
     return micro * forward, micro * backward
 
 

@@ -20,11 +20,14 @@ from deepscale.models.components import LOW_PRECISION
 from deepscale.models.convnext import Convolution, Head, block_spec, count_parameters, outer_norm
 from deepscale.models.stack import BlockStack
 from deepscale.optim import build_optimizer
+from deepscale.plan_counted import counted_flops
 from deepscale.plan_network import Images, Stage, stages_of
 from deepscale.world import World
 
 MEASURE_S = 0.1  # of each part
 MANY_RUNS = 5  # of a stack, which takes about as long
+LONG_S = 5.0  # a network of which one pass takes that long is run once, on a CPU on fewer images
+CORE_FLOPS = 150e9  # no core runs faster than this in float32
 RATE_ELEMENTS = 2**23  # 32 MiB of float32: no cache holds them, and malloc gives them back each time, as it does the engine's buffers
 # What DeepSpeed adds to a step, by (ZeRO stage, offload): copies into fresh memory for every parameter (buckets, the share's gradients, the
 # flat gradient, weights from their master copy), and seconds of Python for every parameter tensor. From steps of 1,004 layers in 190 tensors
@@ -50,14 +53,16 @@ def measure_step_s(config: Config, world: World, images: Images) -> float:
 
 
 def _whole_s(config: Config, world: World, images: Images) -> float:
-    """Seconds of a step of a network that has no stages: all of it is run."""
+    """Seconds of a step of a network that has no stages: all of it is run, on as many of the images as do not take long."""
+    shape = registry.Images(images.channels, images.side, images.classes)
+    micro = images.micro
+    if world.device.type == "cpu":
+        micro = max(1, min(micro, int(LONG_S * CORE_FLOPS / sum(counted_flops(config.model, shape, 1)))))
     with world.device:
-        network = registry.build(
-            dataclasses.replace(config.model, sync_batchnorm=False), registry.Images(images.channels, images.side, images.classes)
-        )
-    x = torch.randn(images.micro, images.channels, images.side, images.side, device=world.device)
+        network = registry.build(dataclasses.replace(config.model, sync_batchnorm=False), shape)
+    x = torch.randn(micro, images.channels, images.side, images.side, device=world.device)
     modules = [own for own in network.modules() if next(own.parameters(recurse=False), None) is not None]
-    passes = config.recipe.accumulation * _passes_s(config, world, network, x)
+    passes = config.recipe.accumulation * images.micro / micro * _passes_s(config, world, network, x)
     return passes + _update_s(config, world, sum(p.numel() for p in network.parameters()), len(modules) // 4)
 
 
@@ -145,15 +150,21 @@ def _rates(world: World, threads: int) -> tuple[float, float]:
 
 def _median_s(run: Callable[[], object], world: World, runs: int = 1) -> float:
     """The median of at least `runs` and of `MEASURE_S`, not the best: on a busy machine threads that wait for each other are what a step costs."""
-    run()  # not counted: it allocates
-    taken: list[float] = []
+    first = _seconds(run, world)
+    if first > LONG_S:
+        return first
+    taken: list[float] = []  # without the first, which allocates
     while len(taken) < runs or (sum(taken) < MEASURE_S and len(taken) < 50):
-        _synchronise(world)
-        begin = time.perf_counter()
-        run()
-        _synchronise(world)
-        taken.append(time.perf_counter() - begin)
+        taken.append(_seconds(run, world))
     return statistics.median(taken)
+
+
+def _seconds(run: Callable[[], object], world: World) -> float:
+    _synchronise(world)
+    begin = time.perf_counter()
+    run()
+    _synchronise(world)
+    return time.perf_counter() - begin
 
 
 def _synchronise(world: World) -> None:
