@@ -40,8 +40,8 @@ def _as_good(network: str, depth: int) -> Callable[[Results], bool | None]:
 
 def _finding(network: str, depth: int) -> Finding:
     what = "At twice the width, with identity's branches" if network == TWICE else "At the same width, with half of the channels in a branch"
-    sentence = f"{what}, reversible blocks reach what identity does at {depth:,} layers, or more: within {100 * BESIDE:g} points of validation accuracy."
-    return Finding(sentence, _as_good(network, depth), accuracies(name_of(IDENTITY, depth), name_of(network, depth)))
+    reach = f"reach what identity does at {depth:,} layers, or more: within {100 * BESIDE:g} points of validation accuracy"
+    return Finding(f"{what}, reversible blocks {reach}.", _as_good(network, depth), accuracies(name_of(IDENTITY, depth), name_of(network, depth)))
 
 
 STUDY = Study(
