@@ -202,6 +202,8 @@ class DeepSpeedEngine:
         self.optimizer = build_optimizer(module, config.recipe, cpu_adam and offloaded)
         with quiet(config.engine.verbose):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.settings)
+        if world.size == 1 and zero.get("stage") == 0:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients together and apart again, to average them over one rank
         self.module = module
         self.z0_scaler = self.engine.torch_autocast_z0_gradscaler
         own = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)

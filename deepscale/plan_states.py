@@ -48,11 +48,10 @@ def states_of(config: Config, parameters: int, ranks: int) -> States:
     whole, share = 4 * parameters, 4 * -(-parameters // ranks)
     zero = int(config.engine.zero)
     moments = 2 if config.recipe.optimizer != "sgd" else int(config.recipe.momentum > 0)  # that the optimiser has of every weight
-    if config.engine.engine == "torch":
+    if config.engine.engine == "torch" or zero == 0:
         # DistributedDataParallel averages in buckets that together have the size of all gradients.
-        return States(whole, whole, moments * whole, arrived=whole if ranks > 1 else 0, start=whole, flat=False, piled=True)
-    if zero == 0:
-        return States(whole, whole, moments * whole, arrived=min(whole, ALLREDUCE), start=whole, flat=False, piled=True)
+        averaged = 0 if ranks == 1 else whole if config.engine.engine == "torch" else min(whole, ALLREDUCE)
+        return States(whole, whole, moments * whole, arrived=averaged, start=whole, flat=False, piled=True)
     bucket = 4 * engine_config.reduce_bucket(config)
     if config.engine.device != "cuda":  # a page that is never touched costs nothing
         bucket = min(whole, bucket)

@@ -30,6 +30,7 @@ class BlockObserver:
         self._outputs: list[tuple[int, Tensor, Tensor]] = []  # mean, root mean square deviation
         self._gradients: list[tuple[int, Tensor]] = []
         self._derivatives: list[tuple[int, Tensor, int]] = []  # saturated outputs per unit, rows
+        self._measured: list[tuple[int, Tensor, int]] = []  # by a kernel: all of these; apart only when they are collected
 
     def output(self, i: int, x: Tensor) -> None:
         """Block i's output x, of any shape."""
@@ -48,10 +49,7 @@ class BlockObserver:
 
     def measured(self, i: int, numbers: Tensor, rows: int) -> None:
         """What a kernel has measured of block i: float64 (3 + units), as `gradient`, `output` of the block before, and `derivative` would."""
-        self._gradients.append((i, numbers[0]))
-        if i:
-            self._outputs.append((i - 1, numbers[1], numbers[2]))
-        self.counted(i, numbers[3:], rows)
+        self._measured.append((i, numbers, rows))
 
     def counted(self, i: int, saturated: Tensor, rows: int) -> None:
         """Block i's saturated outputs per unit (units,), of so many rows, as `derivative` would count them."""
@@ -68,8 +66,7 @@ class BlockObserver:
         self.saturated = torch.zeros(self.blocks, self.units, dtype=torch.float64, device=self.device)
         if self._outputs:
             at, means, deviations = zip(*self._outputs, strict=True)
-            mean, deviation = torch.stack(means).double(), torch.stack(deviations)
-            self._add(at, torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]), self.sums[:4])
+            self._add_outputs(at, torch.stack(means).double(), torch.stack(deviations))
         if self._gradients:
             at, norms = zip(*self._gradients, strict=True)
             self._add(at, torch.stack(norms).square()[None], self.sums[4:5])
@@ -77,8 +74,23 @@ class BlockObserver:
             at, counts, rows = zip(*self._derivatives, strict=True)
             self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
             self._add(at, torch.stack(counts).double().T, self.saturated.T)
+        if self._measured:
+            self._collect_measured()
         self.reset(self.activations)
         self.collected = True
+
+    def _collect_measured(self) -> None:
+        at, numbers, rows = zip(*self._measured, strict=True)
+        together = torch.stack(numbers)  # (passes, 3 + units)
+        self._add(at, together[:, 0].square()[None], self.sums[4:5])
+        later = [place for place, i in enumerate(at) if i]
+        self._add_outputs(tuple(at[place] - 1 for place in later), together[later, 1], together[later, 2])
+        if self.activations:
+            self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
+            self._add(at, together[:, 3:].T, self.saturated.T)
+
+    def _add_outputs(self, at: tuple[int, ...], mean: Tensor, deviation: Tensor) -> None:
+        self._add(at, torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]), self.sums[:4])
 
     def _add(self, at: tuple[int, ...], values: Tensor, into: Tensor) -> None:
         into.index_add_(1, torch.tensor(at, device=self.device), values.to(self.device))
