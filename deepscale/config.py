@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deepscale import pipeline
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError, unknown_choice
 from deepscale.models import registry
@@ -241,6 +242,9 @@ class EngineConfig(_Checked):
     zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(integer(0, 3)))
     offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", one_of(("auto", "none", "cpu", "nvme")))
     deepspeed_config: str | None = _option(None, "a DeepSpeed configuration file instead of the ones in ds_configs/")
+    pipeline_stages: int = _option(
+        1, "parts that the depth is cut into, each on ranks of its own, as many as divide the number of ranks; 1: every rank has all", integer(1)
+    )
     precision: str = _option(
         AUTO, "of the blocks' branches: fp32, bf16, fp16; the residual stream stays float32", one_of(("auto", "fp32", "bf16", "fp16"))
     )
@@ -348,6 +352,7 @@ class Config:
         if self.model.gradient_normalisation and odd:
             raise UsageError(f"{odd} scales the loss, and --gradient-normalisation lets no scale of it through; leave one of them out")
         self._check_reversible()
+        pipeline.check(self)
 
     def _check_reversible(self) -> None:
         """Raises UsageError for what is kept for backward in a way that the skip connection does not have."""

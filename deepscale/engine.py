@@ -58,6 +58,7 @@ class Engine(Protocol):
     module: nn.Module
     optimizer: Optimizer
     settings: dict[str, Any]
+    world: World
 
     def forward(self, images: Tensor, last: bool = True) -> Tensor:
         """Images (B, C, H, W) -> logits (B, classes), in the run's precision; `last` as in backward."""
@@ -129,7 +130,7 @@ class TorchEngine:
         return parameter.grad
 
     def share(self, parameter: nn.Parameter) -> Share:
-        return replicated(parameter, self.world.rank, self.world.size)
+        return replicated(parameter, self.world.data_rank, self.world.data_size)
 
     def held(self, parameter: nn.Parameter) -> Held:
         return engine_states.replicated(parameter, self.optimizer)
@@ -234,7 +235,7 @@ class DeepSpeedEngine:
         elif hasattr(parameter, "_hp_mapping"):
             start, gradient, weight = _zero12_share(parameter)
         else:
-            start, gradient, weight = replicated(parameter, self.world.rank, self.world.size)
+            start, gradient, weight = replicated(parameter, self.world.data_rank, self.world.data_size)
         return Share(start, self._unscaled(gradient), weight)
 
     def held(self, parameter: nn.Parameter) -> Held:
@@ -305,6 +306,10 @@ def build_engine(module: nn.Module, config: Config, world: World, cpu_adam: bool
     """The engine that the planned configuration names."""
     if config.engine.engine == "torch":
         return TorchEngine(module, config, world)
+    if world.stages > 1:
+        from deepscale.engine_pipeline import PipelineEngine
+
+        return PipelineEngine(module, config, world)
     return DeepSpeedEngine(module, config, world, cpu_adam)
 
 

@@ -175,7 +175,7 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     if "offload_optimizer" in zero and not cpu_adam:
         settings["zero_force_ds_cpu_optimizer"] = False
     settings.setdefault("zero_allow_untested_optimizer", True)
-    settings.setdefault("steps_per_print", 10**9)
+    settings.setdefault("steps_per_print", 10**9 if engine.pipeline_stages == 1 else None)  # a pipeline prints before its first step at any number
     return settings
 
 

@@ -33,13 +33,13 @@ def evaluate(
     engine.module.eval()
     try:
         totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-        most = math.ceil(math.ceil(feed.images / world.size) / feed.batch)
+        most = math.ceil(math.ceil(feed.images / world.data_size) / feed.batch)
         own = feed.epoch()
         for _ in range(most if batches is None else min(batches, most)):
             world.doing("evaluation")
             images, labels = next(own, None) or (feed.blank(), None)
             logits = engine.forward(images)
-            if labels is not None:
+            if labels is not None and world.stage == world.stages - 1:
                 totals += sums(logits, cross_entropy(logits, labels), labels)
             between()
     finally:

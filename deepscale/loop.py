@@ -18,6 +18,7 @@ from deepscale import nonfinite
 from deepscale.config import AUTO, Config
 from deepscale.data import Feed, Feeds
 from deepscale.engine import Engine
+from deepscale.engine_pipeline import PipelineEngine
 from deepscale.errors import NonFiniteError
 from deepscale.evaluation import evaluate, sums
 from deepscale.models.components import commit_running_statistics
@@ -82,6 +83,20 @@ def train_step(
     `inspect` is called when the gradients are complete, not yet clipped and not yet used, with the step's sums over all
     ranks: (loss times images, correct, images, *wishes), float64. What it raises keeps the step from the weights.
     """
+    if isinstance(engine, PipelineEngine):
+        world.doing("passes")
+        totals = engine.passes(batches)
+    else:
+        totals = _passes(engine, batches, accumulation, world)
+    world.doing("gradients")
+    inspect(world.sum(torch.cat([totals, torch.tensor(wishes, dtype=torch.float64, device=world.device)]) if wishes else totals))
+    world.doing("update")
+    engine.step()
+    commit_running_statistics(engine.module)
+
+
+def _passes(engine: Engine, batches: Batches, accumulation: int, world: World) -> Tensor:
+    """Forward and backward passes of a step's micro batches: this rank's (loss times images, correct, images)."""
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     for micro in range(accumulation):
         world.doing("data")
@@ -93,11 +108,7 @@ def train_step(
         world.doing("backward pass")
         engine.backward(loss, last)
         totals += sums(logits, loss, labels)
-    world.doing("gradients")
-    inspect(world.sum(torch.cat([totals, torch.tensor(wishes, dtype=torch.float64, device=world.device)]) if wishes else totals))
-    world.doing("update")
-    engine.step()
-    commit_running_statistics(engine.module)
+    return totals
 
 
 def endless(feed: Feed, done: int = 0) -> Batches:

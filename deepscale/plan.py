@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
+from deepscale import pipeline
 from deepscale.config import AUTO, Config, ModelConfig, typed
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
 from deepscale.models import registry
-from deepscale.models.convnext import default_stack_size
+from deepscale.models.convnext import default_stack_size, stack_blocks
 from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
-from deepscale.plan_network import Images, flops_of, images_of
+from deepscale.plan_network import Images, data_ranks, flops_of, images_of
 from deepscale.plan_time import CORE_FLOPS, measure_step_s
 from deepscale.progress import gib
 from deepscale.world import World
@@ -63,6 +64,9 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
     config = settled(config, machine)
     _refuse_many_ranks(config, machine.ranks)
     shape = {"channels": channels, "image_size": image_size, "classes": classes}
+    if config.engine.pipeline_stages > 1:
+        parts = sum(map(len, stack_blocks(config.model.stage_blocks, config.engine.stack_size))) + STAGES + 1
+        pipeline.check_parts(config.engine.pipeline_stages, parts)
     candidates = [c for c in _sizes(config, world.size) if _possible(c, image_size, world.size)]
     if not candidates:
         raise _impossible(config, image_size, world.size)
@@ -143,7 +147,7 @@ def _sizes(config: Config, ranks: int) -> Iterator[Config]:
 
     Batches are the nearest to those of BATCHES that divide over ranks and micro batches.
     """
-    model, data, parts = config.model, config.data, ranks * config.recipe.accumulation
+    model, data, parts = config.model, config.data, data_ranks(config, ranks) * config.recipe.accumulation
     widths = WIDTHS if model.width == AUTO else (model.width,)
     patches = PATCHES if model.patch_size == AUTO else (model.patch_size,)
     batches = tuple(dict.fromkeys(max(1, round(b / parts)) * parts for b in BATCHES)) if data.batch_size == AUTO else (data.batch_size,)
@@ -162,10 +166,11 @@ def _possible(config: Config, image_size: int, ranks: int) -> bool:
     patch, batch = config.model.patch_size, config.data.batch_size
     assert isinstance(batch, int)
     large_enough = config.model.model != "convnext" or image_size // int(patch) >= 2 ** (STAGES - 1)
-    return batch % (ranks * config.recipe.accumulation) == 0 and large_enough
+    return batch % (data_ranks(config, ranks) * config.recipe.accumulation) == 0 and large_enough
 
 
 def _impossible(config: Config, image_size: int, ranks: int) -> UsageError:
+    ranks = data_ranks(config, ranks)
     parts = ranks * config.recipe.accumulation
     if isinstance(config.data.batch_size, int) and config.data.batch_size % parts:
         nearest = max(1, round(config.data.batch_size / parts)) * parts

@@ -3,12 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 
+from deepscale import pipeline
 from deepscale.activations import KINDS, POLICIES
 from deepscale.config import AUTO, IN_SEGMENTS, REVERSIBLE_POLICIES, Config
 from deepscale.depth import MAX_DEPTH, MIN_DEPTH, blocks_for_depth, depth_of_blocks
 from deepscale.machine import Machine
 from deepscale.models.convnext import default_stack_size, smallest_segment
 from deepscale.plan_memory import Memory, memory_of
+from deepscale.plan_network import data_ranks
 
 FAST_SEGMENT = 4  # blocks recomputed together whose activations stay in a core's cache
 FITS = 0.9  # of the memory that is free
@@ -34,7 +36,10 @@ class Choice:
 def placements(config: Config) -> list[tuple[int, str]]:
     """(ZeRO stage, offload) of all that there is for the configuration's engine; a value given by hand stands alone."""
     zero, offload = config.engine.zero, config.engine.offload
-    stages = [stage for stage in range(4 if config.engine.engine == "deepspeed" else 1) if zero in (AUTO, stage)]
+    possible = (0,) if config.engine.engine == "torch" else pipeline.ZERO if config.engine.pipeline_stages > 1 else range(4)
+    stages = [stage for stage in possible if zero in (AUTO, stage)]
+    if config.engine.pipeline_stages > 1:
+        return [(stage, "none") for stage in stages]
     return [(stage, place) for place in ("none", "cpu") for stage in stages if offload in (AUTO, place) and (stage, place) != (0, "cpu")]
 
 
@@ -54,7 +59,7 @@ def policies(config: Config) -> list[tuple[str, int | None]]:
 def preferred(config: Config, machine: Machine) -> list[Choice]:
     """What the planner may take, the fastest first: recomputation costs less time than ZeRO-3's gathering, and offload more than both."""
     engine, cpu, order = config.engine, machine.device == "cpu", list(KINDS)
-    worth = ALONE if machine.ranks == 1 else SEVERAL
+    worth = ALONE if data_ranks(config, machine.ranks) == 1 else SEVERAL
     choices = [Choice(*place, *policy) for place in placements(config) if engine.zero != AUTO or place in worth for policy in policies(config)]
     if cpu:  # there is nowhere else to offload to
         choices = [c for c in choices if engine.offload == "cpu" or c.offload == "none"]

@@ -74,9 +74,14 @@ def segment_of(config: Config) -> int:
     return int(config.engine.segment or 0) if config.engine.activations in IN_SEGMENTS else 0
 
 
+def data_ranks(config: Config, ranks: int) -> int:
+    """Ranks, of so many in all, that share out the images of a step: those of a pipeline's stage."""
+    return ranks // config.engine.pipeline_stages
+
+
 def micro_batch(config: Config, ranks: int) -> int:
-    """Images that a rank passes at once."""
-    return int(config.data.batch_size) // config.recipe.accumulation // ranks
+    """Images that one of `ranks` ranks passes at once."""
+    return int(config.data.batch_size) // config.recipe.accumulation // data_ranks(config, ranks)
 
 
 def images_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Images:

@@ -21,9 +21,10 @@ from deepscale.world import World
 FREE = {
     *("data_dir", "download", "workers", "engine", "zero", "offload", "deepspeed_config", "activations", "segment", "device", "kernel", "threads"),
     *("hang_timeout", "local_rank", "verbose", "tracking", "tags", "checkpoint_every", "checkpoint_dir", "resume", "keep", "async_save"),
+    "pipeline_stages",
 }
 # Of these the present command's are taken, typed or not.
-OWN = {"local_rank", "verbose", "checkpoint_dir", "resume"}
+OWN = {"pipeline_stages", "local_rank", "verbose", "checkpoint_dir", "resume"}
 BEGUN = "run.json"  # among the checkpoints of a run that has not finished
 RESOLVED = ("threads", "workers")  # free ones that are measured or follow from the machine: kept on as many ranks, for the same rounding
 

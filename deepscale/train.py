@@ -23,6 +23,7 @@ from deepscale import (
     outcome,
     paths,
     plan,
+    plan_pipeline,
     progress,
     provenance,
     resume,
@@ -39,6 +40,7 @@ from deepscale.data.sources import load_source
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine, build_engine, hush, preload
 from deepscale.engine_config import stage_and_offload
+from deepscale.engine_pipeline import materialise
 from deepscale.folder_lock import locked
 from deepscale.machine import measure_machine
 from deepscale.models import freezing, registry
@@ -134,11 +136,11 @@ def prepare(
     feeds = open_feeds(
         source,
         settings.data,
-        micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.size,
+        micro_batch=int(settings.data.batch_size) // settings.recipe.accumulation // place.data_size,
         eval_batch=EVALUATION_BATCH,
         seed=settings.recipe.seed,
-        rank=place.rank,
-        world_size=place.size,
+        rank=place.data_rank,
+        world_size=place.data_size,
         device=place.device,
         workers=int(settings.data.workers),
         say=screen.say,
@@ -263,8 +265,12 @@ def exhausted(run: Prepared, error: BaseException, peak: int) -> str:
 
 def build_model(settings: Config, info: DatasetInfo, place: world.World) -> Network:
     """The planned network with its initial values, on the run's device."""
-    with place.device:  # a GPU's parameters are filled where they are: the host may have less memory, and needs none
+    # A GPU's parameters are filled where they are: the host may have less memory, and needs none. Those of other stages are nowhere.
+    with place.device if place.stages == 1 else torch.device("meta"):
         model = registry.build(settings.model, registry.Images(info.channels, info.image_size, info.classes), settings.engine.stack_size)
+    if place.stages > 1:
+        edges = plan_pipeline.edges_of(settings, place.size, channels=info.channels, image_size=info.image_size, classes=info.classes)
+        materialise(model, edges[place.stage], edges[place.stage + 1], place.device)
     activations.policy_of(settings).apply(model)
     use_kernel(model, settings.engine.kernel)
     torch.manual_seed(seed_of(settings.recipe.seed, f"rank {place.rank}"))  # of stochastic depth

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepscale import pipeline
 from deepscale.config import EngineConfig
 from deepscale.errors import MissingPackageError, UsageError
 from deepscale.ops.cpu_adam import skip_shm_comm
@@ -38,19 +39,38 @@ class Doing:
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` in all, `local_rank` of `local_size` on this machine."""
+    """This process's place: `rank` of `size` in all, `local_rank` of `local_size` on this machine.
+
+    Of a network that is cut into `stages` each is on `data_size` ranks, which follow each other and share out the images of a step.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    stages: int = 1
     doing: Doing = field(default_factory=Doing, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that talks, writes and tracks."""
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that share out the images of a step: all, or those of a stage."""
+        return self.size // self.stages
+
+    @property
+    def data_rank(self) -> int:
+        """This one among them."""
+        return self.rank % self.data_size
+
+    @property
+    def stage(self) -> int:
+        """Which of the stages is here."""
+        return self.rank // self.data_size
 
     def agree(self, value: T) -> T:
         """Rank 0's value on every rank; the value itself where nothing is distributed, as in a plan for other machines."""
@@ -94,6 +114,7 @@ def join(engine: EngineConfig) -> World:
     rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     local_rank = int(environment.get("LOCAL_RANK", max(0, engine.local_rank)))
     local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or size)
+    pipeline.check_ranks(engine.pipeline_stages, size)
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     threads = engine.threads if isinstance(engine.threads, int) else _share_of_cores(local_size)
     torch.set_num_threads(threads)
@@ -122,7 +143,7 @@ def join(engine: EngineConfig) -> World:
             dist.init_process_group(backend, init_method=init_method(), timeout=patience)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _unreachable(error) from None
-    return World(rank, size, local_rank, local_size, device)
+    return World(rank, size, local_rank, local_size, device, engine.pipeline_stages)
 
 
 def _unreachable(error: Exception) -> UsageError:

@@ -77,6 +77,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "zero": ("2", 2),
     "offload": ("cpu", "cpu"),
     "deepspeed_config": ("ds.json", "ds.json"),
+    "pipeline_stages": ("2", 2),
     "precision": ("bf16", "bf16"),
     "activations": ("recompute", "recompute"),
     "stack_size": ("8,4,2,1", (8, 4, 2, 1)),
@@ -115,7 +116,7 @@ NEEDS = {
     "momentum": {"optimizer": "sgd"},
     "min_lr": {"schedule": "cosine"},
 }
-APART = {"model", "init_std", *NEEDS}
+APART = {"model", "init_std", "pipeline_stages", *NEEDS}
 
 
 def with_needs(name: str) -> tuple[list[str], dict[str, Any]]:

@@ -286,12 +286,11 @@ def test_two_ranks_equal_one_with_the_joined_batch(monkeypatch: pytest.MonkeyPat
         values.add_(sent[0]) if sent else sent.append(values.clone())
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     observation = ModuleObservation(model, layout_of_modules(model, None), torch.device("cpu"))
     for part in reversed(x.chunk(2)):
         observation.attach(activations=True)
         model(part).square().mean().backward()
-        fields = statistics(observation.detach(), spread=True, loss_scale=1.0)
+        fields = statistics(observation.detach(), spread=True, loss_scale=1.0, data_size=2)
     assert len(sent) == 1 and joined.dead[0, :3].max() > 0
     for name, values in fields.items():
         assert np.allclose(values.numpy(), getattr(joined, name)[0], rtol=1e-9, equal_nan=True), name

@@ -126,7 +126,7 @@ class Saver:
             held = self.engine.held(parameter)
             first, last = 0, held.weight.numel()
             if held.everywhere:  # each rank writes its share
-                first, last = (last * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+                first, last = (last * rank // self.world.data_size for rank in (self.world.data_rank, self.world.data_rank + 1))
             if first < last:
                 starts[name] = held.start + first
                 tensors |= {f"{kind}/{name}": part[first:last] for kind, part in {"weight": held.weight, **held.moments}.items()}

@@ -16,6 +16,7 @@ from deepscale import config
 from deepscale.config import AUTO, Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
+from deepscale.engine_pipeline import PipelineEngine
 from deepscale.errors import MissingPackageError, UsageError
 from deepscale.files import atomic
 from deepscale.models import registry
@@ -40,6 +41,8 @@ def check_writable(folder: str | None) -> None:
 
 def gathered_state(model: Network, engine: Engine) -> dict[str, Tensor]:
     """The model's whole state on the CPU, whatever ZeRO stage holds it. Every rank must ask."""
+    if isinstance(engine, PipelineEngine):
+        return engine.gathered()
     average_running_statistics(model)
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():

@@ -59,15 +59,15 @@ class StackObservation:
         return attached
 
 
-def statistics(observers: Sequence[Observer], spread: bool, loss_scale: float) -> dict[str, Tensor]:
-    """(N,) each, over the passes of all ranks if they are `spread` over ranks: one message. Empty without observers."""
+def statistics(observers: Sequence[Observer], spread: bool, loss_scale: float, data_size: int = 1) -> dict[str, Tensor]:
+    """(N,) each, over the passes of all ranks if they are `spread` over ranks, of which `data_size` share out the images: one message.
+
+    Empty without observers."""
     if not observers:
         return {}
     for observer in observers:
         observer.collect()
-    ranks = 1
     if spread:
-        ranks = dist.get_world_size()
         tensors = [o.sums for o in observers] + [o.saturated for o in observers if o.activations]
         joined = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(joined)
@@ -75,6 +75,6 @@ def statistics(observers: Sequence[Observer], spread: bool, loss_scale: float) -
             tensor.copy_(values.view_as(tensor))
     found = [observer.statistics() for observer in observers]
     fields = {name: torch.cat([f[name] for f in found]) for name in BLOCK_FIELDS}
-    # A rank's loss is the mean over its own images; the step's is the mean over all ranks'.
-    fields["output_grad_l2"] /= loss_scale * ranks
+    # A rank's loss is the mean over its own images; the step's is the mean over all ranks that share out the images.
+    fields["output_grad_l2"] /= loss_scale * data_size
     return fields

@@ -62,8 +62,10 @@ class Recorder:
     def __init__(self, model: nn.Module, *, engine: Engine | None = None, records: int = RECORDS, blocks: list[str] | None = None) -> None:
         self.engine = engine
         self.spread = engine is not None and dist.is_initialized() and dist.get_world_size() > 1
+        self.data_size = engine.world.data_size if engine is not None else 1
         self.parameters = dict(model.named_parameters())
-        first = next(iter(self.parameters.values()), torch.empty(0))
+        own = (parameter for parameter in self.parameters.values() if not parameter.is_meta)  # another stage's
+        first = next(own, torch.empty(0))
         self.device = first.device
         self.layout, self.observation = _parts(model, self.device, blocks)
         self.static = self.layout.arrays()
@@ -105,7 +107,7 @@ class Recorder:
                 self.before[name] = share, share.weight.clone()
         measured.add_up(self.spread)
         scale = self.engine.loss_scale() if self.engine is not None else loss_scale
-        blocks = statistics(self.observation.detach(), self.spread, scale)
+        blocks = statistics(self.observation.detach(), self.spread, scale, self.data_size)
         nothing = torch.full((len(self.layout.block_names),), torch.nan, dtype=torch.float64, device=self.device)
         fields = measured.fields() | {"update_ratio": torch.full_like(measured.top, torch.nan)}
         row = [fields[name] for name in LAYER_FIELDS] + [blocks.get(name, nothing) for name in BLOCK_FIELDS]

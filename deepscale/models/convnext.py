@@ -74,7 +74,7 @@ def stack_tensors(model: ModelConfig, stack_size: StackSize | Auto = AUTO) -> li
 
 
 class Convolution(nn.Module):
-    """norm after (stem) or before (downsampling) a strided convolution, on channels-last memory."""
+    """norm after (stem) or before (downsampling) a strided convolution, on channels-last memory; gives the residual stream."""
 
     def __init__(self, kind: str, sync: bool, channels: tuple[int, int], side: int, norm_first: bool) -> None:
         super().__init__()
@@ -87,9 +87,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.norm_first:
-            return self.conv(self._normalise(x))
-        return self._normalise(self.conv(x))
+        return stream(self.conv(self._normalise(x)) if self.norm_first else self._normalise(self.conv(x)))
 
     def _normalise(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -146,10 +144,10 @@ class ConvNeXt(Network):
         self.head = Head(kind, sync, model.width * 2 ** (STAGES - 1), classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = stream(self.stem(x))
+        x = self.stem(x)
         for stage in self.path:
             if stage.downsample is not None:
-                x = stream(stage.downsample(x))
+                x = stage.downsample(x)
             dtype = x.dtype
             for stack in stage.path:
                 x = stack(x)
@@ -161,6 +159,13 @@ class ConvNeXt(Network):
         for s, stage in enumerate(self.path):
             for stack in stage.path:
                 yield f"stages.{s}.blocks", stack
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that a pass calls one after the other; of reversible blocks, whose stream has another dtype within a stage, none."""
+        if self.config.skip == "reversible":
+            return []
+        stages = [[] if stage.downsample is None else [stage.downsample] for stage in self.path]
+        return [self.stem, *(part for own, stage in zip(stages, self.path, strict=True) for part in (*own, *stage.path)), self.head]
 
     def plain(self) -> nn.Module:
         """The reference of the same sizes, without values."""

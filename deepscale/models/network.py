@@ -50,7 +50,9 @@ class Network(nn.Module):
         """Writes all initial values (initial.py)."""
         with torch.no_grad():
             parameters = dict(self.named_parameters())
-            places = ((plain, parameters[at.name] if at.index is None else parameters[at.name][at.index]) for plain, at in self.plain_names())
+            # On the meta device are parts that another process has.
+            own = ((plain, at) for plain, at in self.plain_names() if not parameters[at.name].is_meta)
+            places = ((plain, parameters[at.name] if at.index is None else parameters[at.name][at.index]) for plain, at in own)
             fill_all(places, seed, self.config)
             for module in self.modules():
                 if isinstance(module, RunningStatistics):
@@ -60,6 +62,10 @@ class Network(nn.Module):
     def stacks(self) -> Iterator[tuple[str, Stack]]:
         """(prefix of its blocks' names in the plain network, such as "stages.2.blocks", stack) of every stack, in path order."""
         return iter(())
+
+    def parts(self) -> list[nn.Module]:
+        """The modules that a pass calls one after the other, each on what the one before it gives; none where a pass is more than that."""
+        return []
 
     def plain_names(self) -> Iterator[tuple[str, PlainName]]:
         """(name in the plain network, place here) of every parameter, in path order from image to logits."""
