@@ -16,6 +16,7 @@ from deepscale.models.convnext import default_stack_size, stack_blocks
 from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
 from deepscale.plan_network import Images, data_ranks, flops_of, images_of
+from deepscale.plan_pipeline import bubble
 from deepscale.plan_time import CORE_FLOPS, measure_step_s
 from deepscale.progress import gib
 from deepscale.world import World
@@ -62,7 +63,7 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
     Raises UsageError where nothing fits, naming what would.
     """
     config = settled(config, machine)
-    _refuse_many_ranks(config, machine.ranks)
+    _refuse_many_ranks(config, data_ranks(config, machine.ranks))
     shape = {"channels": channels, "image_size": image_size, "classes": classes}
     if config.engine.pipeline_stages > 1:
         parts = sum(map(len, stack_blocks(config.model.stage_blocks, config.engine.stack_size))) + STAGES + 1
@@ -264,12 +265,21 @@ def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | N
     how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {registry.MODELS[model.model].kept or KEPT[engine.activations]}"
     if model.model != "convnext":
         how += "; counted, not calibrated"
+    if engine.pipeline_stages > 1:
+        lines.append(_waiting(engine.pipeline_stages, chosen.recipe.accumulation))
     if machine.device == "cpu":
         lines.append(f"{how}: {gib(memory.total)} planned over the process as it is, of {gib(machine.host_bytes)} free")
     else:
         host = f", {gib(memory.host)} on the host" if memory.host else ""
         lines.append(f"{how}: {gib(memory.device)} planned of {gib(machine.device_bytes)} free{host}")
     return tuple(lines)
+
+
+def _waiting(stages: int, micro_batches: int) -> str:
+    """What a pipeline's stages wait, and, where that is much, what makes it less."""
+    share, said = bubble(stages, micro_batches), f"{micro_batches} micro batch{'es' if micro_batches > 1 else ''} a step"
+    advice = f"; with --accumulation {4 * stages} they would wait {bubble(stages, 4 * stages):.0%}" if micro_batches < 2 * stages else ""
+    return f"{stages} pipeline stages, {said}: each waits for others {share:.0%} of the time{advice}"
 
 
 def _shape(model: ModelConfig) -> str:

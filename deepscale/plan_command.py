@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepscale import config, kernel, plan, plan_report, plan_table, world
+from deepscale import config, kernel, pipeline, plan, plan_report, plan_table, world
 from deepscale.config import GROUPS, Config
 from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
@@ -17,7 +18,9 @@ from deepscale.models import registry
 from deepscale.parsing import parse_bytes, parse_count
 from deepscale.plan_choices import Choice, deepest, placements, policies
 from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
-from deepscale.plan_network import flops_of, images_of
+from deepscale.plan_memory import memories_of
+from deepscale.plan_network import data_ranks, flops_of, images_of
+from deepscale.plan_pipeline import bubble, edges_of, shares
 from deepscale.plan_time import measure_step_s
 from deepscale.world import World
 
@@ -82,9 +85,11 @@ def here(given: argparse.Namespace) -> bool:
 def cluster_of(given: argparse.Namespace) -> Cluster:
     """The nodes and ranks that are planned for. Raises UsageError for numbers that contradict each other."""
     nodes = given.nodes or 1
-    local = given.gpus_per_node or (given.ranks if given.ranks and nodes == 1 else 1)
+    stages = getattr(given, "pipeline_stages", 1)
+    local = given.gpus_per_node or (given.ranks or stages if nodes == 1 else 1)
     if given.ranks not in (None, nodes * local):
         raise UsageError(f"{nodes:,} nodes of {local:,} ranks are {nodes * local:,}, and --ranks {given.ranks:,} was given; leave --ranks out")
+    pipeline.check_ranks(stages, nodes * local)
     bandwidths = {name: value for name in ("gpu_bandwidth", "node_bandwidth") if (value := getattr(given, name)) is not None}
     return Cluster(nodes, local, **bandwidths)
 
@@ -118,7 +123,7 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
     if step_s is None and here(given):
         step_s = measure_step_s(found.config, place, images_of(found.config, place.size, **shape))
     flops = flops_of(found.config, machine.ranks, **shape)
-    parts = found.config.recipe.accumulation * machine.ranks
+    parts = found.config.recipe.accumulation * data_ranks(found.config, machine.ranks)
     engine = found.config.engine
     chosen = Choice(int(engine.zero), engine.offload, engine.activations, engine.segment)  # type: ignore[arg-type]
     free = _open(asked, found.config)
@@ -133,6 +138,7 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
         "host_bytes": found.memory.host,
         "step_s": step_s,
         "communication": _communication(found.config, given, machine, shape, cluster),
+        "pipeline": _pipeline(found.config, machine, shape),
         "notes": list(found.notes),
         "command": command(asked, found.config, machine.ranks, cluster.nodes),
         "settings": config.flat(found.config),
@@ -158,14 +164,32 @@ def _depths(asked: Config, machine: Machine, shape: dict[str, int]) -> dict[str,
     return {"sizes": sizes, "depths": rows}
 
 
+def _pipeline(settings: Config, machine: Machine, shape: dict[str, int]) -> dict[str, Any] | None:
+    """The stages of a pipeline, and the share of a step that they wait; None without one."""
+    cut, micro_batches = settings.engine.pipeline_stages, settings.recipe.accumulation
+    if cut == 1:
+        return None
+    memories, edges = memories_of(settings, machine.ranks, **shape), edges_of(settings, machine.ranks, **shape)
+    found = shares(settings, images_of(settings, machine.ranks, **shape))
+    stages = [
+        {
+            "parts": last - first, "parameters": memory.parameters, "flops": share, "open": min(cut - i, micro_batches), "kept": memory.kept,
+            "states": memory.states_device, "total": memory.total,
+        }
+        for i, (memory, share, (first, last)) in enumerate(zip(memories, found, itertools.pairwise(edges), strict=True))
+    ]  # fmt: skip
+    return {"stages": stages, "micro_batches": micro_batches, "bubble": bubble(cut, micro_batches)}
+
+
 def _communication(settings: Config, given: argparse.Namespace, machine: Machine, shape: dict[str, int], cluster: Cluster) -> list[dict[str, Any]]:
     """What each rank and node sends in a step, for every ZeRO stage of the engine; without seconds where no bandwidth is known."""
     known = machine.device == "cuda" or given.gpu_bandwidth or given.node_bandwidth
-    stages = range(4) if settings.engine.engine == "deepspeed" and not settings.engine.deepspeed_config else [int(settings.engine.zero)]
+    possible = range(4) if settings.engine.pipeline_stages == 1 else pipeline.ZERO
+    stages = possible if settings.engine.engine == "deepspeed" and not settings.engine.deepspeed_config else [int(settings.engine.zero)]
     rows = []
     for zero in stages if machine.ranks > 1 else []:
         own = settings.replace(zero=zero, offload="none" if zero == 0 else settings.engine.offload)
-        found = communication_of(own, machine.ranks, shape["channels"], shape["classes"])
+        found = communication_of(own, machine.ranks, **shape)
         traffic = traffic_of(found, cluster)
         rows.append({"zero": zero, "sent": found.sent, "gpu": traffic.gpu, "node": traffic.node, "seconds": traffic.seconds if known else None})
     return rows

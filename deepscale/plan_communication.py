@@ -14,6 +14,7 @@ weights gathered in float32 at every precision. Per optimiser step of a micro ba
 
 So at a = 1 a rank sends (n - 1)/n of 8 P, 12 P, 12 P and up to 12 P bytes. ZeRO 1 and 2 do not reduce and scatter: DeepSpeed averages a bucket on all
 ranks, and each keeps its own part. gloo, the CPU's backend, has no reduce-scatter of its own and sends an all-reduce's bytes for it: up to 16 P.
+Stages of a pipeline send each other the stream of every micro batch, and its gradient back.
 Not counted: some numbers per step (loss, norm: below 1 kB), records of gradients, evaluation, and what synchronised BatchNorm sends.
 """
 
@@ -23,6 +24,8 @@ from deepscale.config import Config
 from deepscale.models.registry import Images
 from deepscale.plan_counted import parameters_of
 from deepscale.plan_gather import gathered_elements, padded_elements
+from deepscale.plan_network import data_ranks, images_of
+from deepscale.plan_pipeline import largest_message
 
 # Bytes a second. NVLink of an A100, of one GPU in one direction (an H100 has 450e9); a node's network: one port of 200 Gbit/s.
 GPU_BANDWIDTH, NODE_BANDWIDTH = 300e9, 25e9
@@ -52,27 +55,31 @@ class Communication:
     gathered: int
     ranks: int
     gloo: bool = False
+    passed: int = 0  # to another stage of a pipeline, by the rank that passes most
 
     @property
     def sent(self) -> int:
         """Bytes that each rank sends."""
         twice = 2 * self.all_reduced + (2 if self.gloo else 1) * self.scattered
-        return (twice + self.gathered) * (self.ranks - 1) // self.ranks
+        return (twice + self.gathered) * (self.ranks - 1) // self.ranks + self.passed
 
 
-def communication_of(config: Config, ranks: int, channels: int, classes: int) -> Communication:
-    """What a step of a configuration that holds no `auto` sends."""
-    gloo = config.engine.device != "cuda"
+def communication_of(config: Config, ranks: int, channels: int, classes: int, image_size: int = 32) -> Communication:
+    """What a step of a configuration that holds no `auto` sends: in a pipeline gradients and weights of a mean stage, between its ranks."""
+    gloo, cut, passed = config.engine.device != "cuda", config.engine.pipeline_stages, 0
     if ranks == 1:
         return Communication(0, 0, 0, 1, gloo)
-    whole, passes = 4 * parameters_of(config.model, Images(channels, classes=classes)), config.recipe.accumulation
+    whole, passes = 4 * parameters_of(config.model, Images(channels, classes=classes)) // cut, config.recipe.accumulation
+    if cut > 1:
+        passed = passes * largest_message(config, images_of(config, ranks, channels, image_size, classes))
+        ranks = data_ranks(config, ranks)
     stage = 0 if config.engine.engine == "torch" else int(config.engine.zero)
     if stage == 3:
         gathered = 4 * gathered_elements(config, ranks, channels, classes)
         scattered = 4 * padded_elements(config, ranks, channels, classes)
         return Communication(0, passes * scattered, passes * gathered, ranks, gloo)
     reduced = whole * (passes if stage == 2 else 1)
-    return Communication(reduced, 0, whole if stage else 0, ranks, gloo)
+    return Communication(reduced, 0, whole if stage else 0, ranks, gloo, passed)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,29 @@ that torch allocates, beside which the driver's context takes some hundred MiB o
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from deepscale import pipeline
 from deepscale.config import Config
 from deepscale.models import registry
 from deepscale.models.convnext import count_parameters
 from deepscale.plan_counted import counted
-from deepscale.plan_network import EVALUATION_BATCH, Needs, Stage, evaluation_bytes, images_of, kept_on_host, needs_of, stages_of
+from deepscale.plan_network import (
+    EVALUATION_BATCH,
+    Images,
+    Needs,
+    Stage,
+    data_ranks,
+    evaluated,
+    evaluation_bytes,
+    images_of,
+    kept_on_host,
+    needs_of,
+    stages_of,
+)
+from deepscale.plan_pipeline import own_stages, part_costs, sent
 from deepscale.plan_states import States, states_of
 
 # On a CPU glibc gives tensors of 32 MiB and more back to the system, smaller ones only at the end of its heap. So the heap's peak stays, with
@@ -91,18 +106,55 @@ class Memory:
 
 
 def memory_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Memory:
-    """Bytes of a step of a configuration that holds no `auto`, on each of `ranks` ranks."""
+    """Bytes of a step of a configuration that holds no `auto`, on each of `ranks` ranks; on those of the pipeline stage that takes most."""
     if config.model.model != "convnext":
         return _counted_memory(config, ranks, registry.Images(channels, image_size, classes))
-    images = images_of(config, ranks, channels, image_size, classes)
-    stages = stages_of(config, images)
-    parameters = count_parameters(config.model, classes, channels)
-    states = states_of(config, parameters, ranks)
+    found = memories_of(config, ranks, channels, image_size, classes)
+    most = max(found, key=lambda memory: memory.total)
+    return dataclasses.replace(most, parameters=sum(memory.parameters for memory in found))
+
+
+def memories_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> list[Memory]:
+    """The same for each stage of a pipeline: what a rank of it takes, and its own parameters."""
+    images, cut = images_of(config, ranks, channels, image_size, classes), config.engine.pipeline_stages
+    whole, parameters = stages_of(config, images), count_parameters(config.model, classes, channels)
+    if cut == 1:
+        return [_memory(config, ranks, images, whole, parameters, Flight())]
+    edges, found = pipeline.cut(part_costs(config, images), cut), list[Memory]()
+    for i, (first, end) in enumerate(itertools.pairwise(edges)):
+        stages = own_stages(whole, first, end)
+        head = parameters - sum(stage.parameters for stage in whole) if i + 1 == cut else 0
+        # Forward passes that are open at once; of each the input as it came and a copy of it, and the output, until its gradient comes.
+        flight = Flight(min(cut - i, config.recipe.accumulation), sent(whole, first), sent(whole, end) if i + 1 < cut else 0)
+        found.append(_memory(config, ranks, images, stages, head + sum(stage.parameters for stage in stages), flight))
+    return found
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A pipeline stage's micro batches: forward passes that are open at once, and bytes of the stream that each takes in and gives away."""
+
+    open: int = 1
+    taken: int = 0
+    given: int = 0
+
+    @property
+    def streams(self) -> int:
+        """Bytes of what comes and goes: of every open pass the input, its copy and the output; the buffer to receive in, and a gradient."""
+        return self.open * (2 * self.taken + self.given) + max(self.taken, self.given) + self.taken
+
+
+def _memory(config: Config, ranks: int, images: Images, stages: list[Stage], parameters: int, flight: Flight) -> Memory:
+    """Of these stages, which are the whole network or what a pipeline stage has of it."""
+    states = states_of(config, parameters, data_ranks(config, ranks))
     needs = needs_of(config, stages, images)
-    data = 2 * images.bytes  # the batch as uint8 and its crops, and the one after it
+    others = (flight.open - 1) * sum(need.kept for need in needs)  # of open passes but the one at hand
+    data = 2 * images.bytes + others + flight.streams  # the batch as uint8 and its crops, and the one after it
     flat, heap = _resting(states, 0)
-    evaluation = Moment("evaluation", flat + states.gathered, heap + evaluation_bytes(config, images))
-    host = states.host + kept_on_host(config, stages)
+    passing = 2 * flight.taken + flight.given
+    evaluating = evaluation_bytes(config, images, stages) + evaluated(config) * passing // images.micro
+    evaluation = Moment("evaluation", flat + states.gathered, heap + evaluating)
+    host = states.host + flight.open * kept_on_host(config, stages)
     moments = (
         Moment("start", states.start if states.flat else 0, 0 if states.flat else states.start),
         *(dataclasses.replace(m, host=host) for m in (_forward(states, needs, data), *_backward(states, stages, needs, data), evaluation)),
@@ -110,7 +162,8 @@ def memory_of(config: Config, ranks: int, channels: int, image_size: int, classe
     cpu = config.engine.device != "cuda"
     taken = FIRST_STEPS + states.holes + max(m.heap_taken for m in moments)
     retained = max(m.flat + m.host for m in moments) + taken - max(m.bytes + m.host for m in moments) if cpu else 0
-    kept, segment, work = sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)
+    data = 2 * images.bytes + flight.streams
+    kept, segment, work = flight.open * sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)
     return Memory(parameters, states, kept, host - states.host, segment, work, data, retained, moments, cpu)
 
 

@@ -40,13 +40,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its block, the blocks of each of its stacks, and the convolution before them, of side `kernel` from `before` channels."""
+    """One stage: its block, the blocks of each of its stacks, and the convolution before them, of side `kernel` from `before` channels.
+
+    Of a network that is cut into pipeline stages, what is in one of them: perhaps without the convolution (`outer`), or without stacks.
+    """
 
     block: Block
     stacks: tuple[int, ...]
     before: int
     kernel: int
     parameters: int  # of blocks and convolution
+    outer: bool = True
 
     @property
     def rows(self) -> int:
@@ -133,7 +137,10 @@ def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]
     """What the stages need, by causes."""
     policy, needs = policy_of(config), []
     for stage, outer in zip(stages, _kept_outside(config, stages, images), strict=True):
-        kept = outer + policy.once(stage.block) + sum(policy.kept(stage.block, n) for n in stage.stacks)
+        if not stage.stacks:
+            needs.append(Needs(outer * stage.outer, 0, 2 * stage.stream * stage.outer, stage.stream * stage.outer, 0))
+            continue
+        kept = outer * stage.outer + policy.once(stage.block) + sum(policy.kept(stage.block, n) for n in stage.stacks)
         segment = max(policy.working(stage.block, n) for n in stage.stacks)
         folded, rows = _folded(config, stage), segment + _block_backward(config, stage)
         stack = folded + _unfolding(stage)
@@ -148,13 +155,18 @@ def kept_on_host(config: Config, stages: list[Stage]) -> int:
     return sum(policy_of(config).host(stage.block, n) for stage in stages for n in stage.stacks)
 
 
-def evaluation_bytes(config: Config, images: Images) -> int:
-    """What one block and one stack take while images are evaluated, and the images."""
-    most = EVALUATION_BATCH if config.data.eval_images == AUTO else min(EVALUATION_BATCH, int(config.data.eval_images))
-    batch = dataclasses.replace(images, micro=most)
+def evaluated(config: Config) -> int:
+    """Images that a rank evaluates at once."""
+    return EVALUATION_BATCH if config.data.eval_images == AUTO else min(EVALUATION_BATCH, int(config.data.eval_images))
+
+
+def evaluation_bytes(config: Config, images: Images, own: list[Stage]) -> int:
+    """What one block and one stack of these stages take while images are evaluated, and the images."""
+    batch = dataclasses.replace(images, micro=evaluated(config))
     nothing = ("reconstruct", None) if config.model.skip == "reversible" else ("recompute", 1)
     settings = config.replace(activations=nothing[0], segment=nothing[1])
-    return 2 * batch.bytes + max(_block_forward(settings, stage) + _folded(config, stage) for stage in stages_of(config, batch))
+    stages = [stage for stage, here in zip(stages_of(config, batch), own, strict=True) if here.stacks]
+    return 2 * batch.bytes + max((_block_forward(settings, stage) + _folded(config, stage) for stage in stages), default=0)
 
 
 def _kept_outside(config: Config, stages: list[Stage], images: Images) -> list[int]:

@@ -57,10 +57,28 @@ def _plan(record: Record) -> list[str]:
             + [[_policy(row), *(_gib(v) for v in _causes(row))] for row in rows]
         ),
         "",
+        *_pipeline(record),
         *_communication(record),
         "to train it:",
         f"  {record['command']}",
     ]
+
+
+def _pipeline(record: Record) -> list[str]:
+    """The stages of a pipeline, a line for each."""
+    found = record["pipeline"]
+    if found is None:
+        return []
+    head = ["stage", "parts", "parameters", "of the FLOPs", "open micro batches", "weights, gradients, optimizer", "kept", "peak"]
+    rows = [
+        [
+            f"{i}", f"{own['parts']}", f"{own['parameters']:,}", f"{own['flops']:.0%}", f"{own['open']}", _gib(own["states"]), _gib(own["kept"]),
+            _gib(own["total"]),
+        ]
+        for i, own in enumerate(found["stages"], 1)
+    ]  # fmt: skip
+    said = f"{found['micro_batches']} micro batch{'es' if found['micro_batches'] > 1 else ''} a step (--accumulation)"
+    return [f"Pipeline, {said}: a stage waits {found['bubble']:.0%} of the passes' time. GiB of a rank:", *_table([head, *rows]), ""]
 
 
 def _communication(record: Record) -> list[str]:

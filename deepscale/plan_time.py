@@ -21,7 +21,8 @@ from deepscale.models.convnext import Convolution, Head, block_spec, count_param
 from deepscale.models.stack import BlockStack
 from deepscale.optim import build_optimizer
 from deepscale.plan_counted import counted_flops
-from deepscale.plan_network import Images, Stage, stages_of
+from deepscale.plan_network import Images, Stage, data_ranks, stages_of
+from deepscale.plan_pipeline import shares
 from deepscale.world import World
 
 MEASURE_S = 0.1  # of each part
@@ -48,8 +49,13 @@ def measure_step_s(config: Config, world: World, images: Images) -> float:
     stages = stages_of(config, images)
     blocks = sum(_stage_s(config, world, stage, images.micro) for stage in stages)
     passes = blocks + _outside_s(config, world, stages, images)
-    parameters = count_parameters(config.model, images.classes, images.channels)
-    return config.recipe.accumulation * passes + _update_s(config, world, parameters, sum(len(stage.stacks) for stage in stages))
+    parameters, stacks = count_parameters(config.model, images.classes, images.channels), sum(len(stage.stacks) for stage in stages)
+    cut, micro_batches = config.engine.pipeline_stages, config.recipe.accumulation
+    if cut == 1:
+        return micro_batches * passes + _update_s(config, world, parameters, stacks)
+    # As many turns as micro batches, and the first one's way to the last stage; the slowest stage decides how long a turn takes.
+    turns = (micro_batches + cut - 1) * passes * max(shares(config, images))
+    return turns + _update_s(config, world, parameters // cut, stacks // cut)
 
 
 def _whole_s(config: Config, world: World, images: Images) -> float:
@@ -121,9 +127,10 @@ def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor, runs: 
 def _update_s(config: Config, world: World, parameters: int, stacks: int) -> float:
     """Clipping, AdamW and what DeepSpeed does with gradients and weights."""
     update, copy = _rates(world, torch.get_num_threads())
-    share = parameters / world.size if config.engine.zero != 0 else parameters
+    ranks = data_ranks(config, world.size)
+    share = parameters / ranks if config.engine.zero != 0 else parameters
     seconds = update * share * (CPU_ADAM if config.engine.offload == "cpu" else 1.0)
-    if world.size > 1 and world.device.type == "cpu":
+    if ranks > 1 and world.device.type == "cpu":
         seconds += SENDING[int(config.engine.zero)] * parameters
     if config.engine.engine == "deepspeed":
         tensors = 9 * stacks + 20

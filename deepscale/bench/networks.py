@@ -62,9 +62,14 @@ def build(settings: Config, plain: bool = False) -> nn.Module:
     """The network with its initial values: stacked, or plain as published."""
     if plain:
         return PlainConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS).initialise(SEED)
+    return bare(settings).initialise(SEED)
+
+
+def bare(settings: Config) -> ConvNeXt:
+    """The stacked network without values, on torch's current device."""
     model = ConvNeXt(settings.model, classes=CLASSES, channels=CHANNELS, stack_size=settings.engine.stack_size)
     use_kernel(model, settings.engine.kernel)
-    return policy_of(settings).apply(model).initialise(SEED)
+    return policy_of(settings).apply(model)
 
 
 def random_batch(images: int, channels_last: bool = True) -> tuple[Tensor, Tensor]:
@@ -76,16 +81,16 @@ def random_batch(images: int, channels_last: bool = True) -> tuple[Tensor, Tenso
 
 
 class Training:
-    """Training steps of one network on one batch."""
+    """Training steps of one network on one batch, or so many times a micro batch."""
 
-    def __init__(self, engine: Engine, world: World, batch: tuple[Tensor, Tensor]) -> None:
-        self.engine, self.world = engine, world
+    def __init__(self, engine: Engine, world: World, batch: tuple[Tensor, Tensor], accumulation: int = 1) -> None:
+        self.engine, self.world, self.accumulation = engine, world, accumulation
         self.batches: Iterator[tuple[Tensor, Tensor]] = itertools.repeat(batch)
         self.losses: list[float] = []
 
     def step(self) -> None:
         """Forward, loss, backward, clipping, AdamW."""
-        train_step(self.engine, self.batches, 1, self.world, self.note)
+        train_step(self.engine, self.batches, self.accumulation, self.world, self.note)
 
     def note(self, totals: Tensor) -> None:
         """Keeps a step's loss, from its sums."""

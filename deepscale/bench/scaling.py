@@ -5,6 +5,7 @@ process; beside them stands what `deepscale plan` computes. Points are written a
 
     deepscale bench scaling --ranks 1,2,4 --zero 0,1,2,3 --json scaling.json     # starts its ranks itself, on this machine
     srun ... deepscale bench scaling --zero 0,1,2,3 --json nodes-2.json      # as one rank of the world that srun or torchrun has started
+    deepscale bench scaling --stages 1,2 --micro-batches 2,8 --json stages.json    # in place of these a pipeline, a process for each stage
     deepscale bench scaling --merge *.json --json all.json --csv all.csv --figure scaling.png --page scaling.md   # measures nothing
 
 Where the environment has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, that world is measured instead of --ranks: every rank runs the
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepscale import drawing
+from deepscale.bench import scaling_pipeline
 from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import Report, Row, check_writable, write_json, write_text
 from deepscale.bench.scaling_page import draw, page
@@ -32,7 +34,7 @@ from deepscale.tracking import open_tracker
 
 EXPERIMENT = "deepscale-scaling"
 SIZES = ("depth", "width", "batch_size", "steps", "warm_up", "threads", "kernel")
-PROGRAM = "deepscale.bench.ranked"
+PROGRAM, STAGED = "deepscale.bench.ranked", "deepscale.bench.staged"
 WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -51,7 +53,10 @@ def main(arguments: list[str]) -> None:
         study = _merged(values, report)
     else:
         study = Study(settings_of(values, *SIZES))
-        _measure(values, study, report)
+        if values.stages:
+            _measure_stages(values, study, report)
+        else:
+            _measure(values, study, report)
     if not main_rank:
         return
     _fill(study, report)
@@ -60,7 +65,7 @@ def main(arguments: list[str]) -> None:
     for path, text in ((values.csv, study.csv), (values.page, lambda: page(study, report.details["measured"], figure))):
         if path is not None:
             write_text(path, text())
-    if values.figure is not None:
+    if values.figure is not None and study.points:
         draw(study, values.figure)
 
 
@@ -71,6 +76,8 @@ def _options() -> Options:
     add("--zero", type=_list(0, 3), default=[0, 1, 2, 3], metavar="N,M", help="ZeRO stages (default: 0,1,2,3)")
     add("--strong", action="store_true", help="strong scaling alone: one batch over all ranks (default: both)")
     add("--weak", action="store_true", help="weak scaling alone: one batch on each rank (default: both)")
+    add("--stages", type=_list(1), metavar="N,M", help="in place of scaling over ranks: a pipeline of so many stages, a rank each")
+    add("--micro-batches", type=_list(1), default=[1, 2, 4, 8], metavar="N,M", help="of a pipeline's step (default: 1,2,4,8)")
     options.depth("depth", 302, "layers")
     options.size("width", 16, "channels of stage 1")
     options.size("batch-size", 16, "images a step, of all ranks in strong and of each in weak scaling")
@@ -144,6 +151,28 @@ def _measure(values: argparse.Namespace, study: Study, report: Report) -> None:
                 _track(values, study, point.key)
 
 
+def _measure_stages(values: argparse.Namespace, study: Study, report: Report) -> None:
+    """All pipelines, launch after launch in turn. Raises UsageError for a batch that does not divide, and in a world that others have started."""
+    if _started():
+        raise UsageError("--stages starts its own ranks, and the environment names a rank; type it without srun or torchrun")
+    uneven = [count for count in values.micro_batches if values.batch_size % count]
+    if uneven:
+        raise UsageError(
+            f"--batch-size {values.batch_size} does not divide over {uneven[0]} micro batches; type a multiple, or other --micro-batches"
+        )
+    report.details["measured"] = [{"command": report.command, "hardware": report.hardware, "versions": versions()}]
+    for launch in range(values.repeat):
+        for stages in values.stages:
+            for count in values.micro_batches:
+                say(f"{stages} stage{'s' if stages > 1 else ''}, {count} micro batches, {launch + 1} of {values.repeat}")
+                sizes = study.sizes | {"micro_batches": count}
+                found = run_ranks(STAGED, sizes, ranks=stages, threads=values.threads, limit_s=values.time_limit)
+                study.pipelines.append(scaling_pipeline.record_of(count, values.batch_size, found))
+                if values.json is not None:
+                    _fill(study, report)
+                    write_json(values.json, report.as_json())
+
+
 def _wanted(values: argparse.Namespace, worlds: list[int]) -> list[tuple[int, int, int]]:
     """(ranks, ZeRO stage, batch of all ranks) of all points; a point of strong and weak scaling is measured once. Raises UsageError."""
     both, batch = values.strong == values.weak, values.batch_size
@@ -172,7 +201,7 @@ def _merged(values: argparse.Namespace, report: Report) -> Study:
             raise UsageError(
                 f"--merge {path} cannot be read as a file of this bench ({type(error).__name__}: {error}); type --json files of it"
             ) from None
-        studies.append(Study(sizes, points))
+        studies.append(Study(sizes, points, record.get("pipelines", [])))
         if sizes != studies[0].sizes:
             name = next(name for name in SIZES if sizes[name] != studies[0].sizes[name])
             raise UsageError(f"--merge {path} has {name} {sizes[name]}, {values.merge[0]} has {studies[0].sizes[name]}; type files of one network")
@@ -185,7 +214,8 @@ def _merged(values: argparse.Namespace, report: Report) -> Study:
 def _fill(study: Study, report: Report) -> None:
     """The table, what is compared, and the points."""
     rows = [row for mode in MODES for row in study.rows(mode)]
-    report.records = [_cells(row) for row in rows]
+    pipelines = scaling_pipeline.rows(study.pipelines)
+    report.records = [_cells(row) for row in rows] or [dict(scaling_pipeline.cells(row)) for row in pipelines]
     ratios = tuple(row["sent_over_planned"] for row in rows if row["sent_over_planned"])
     report.rows = [Row("bytes sent, measured / formula", "x", ratios)] if ratios else []
     apart = study.losses_apart()
@@ -195,7 +225,7 @@ def _fill(study: Study, report: Report) -> None:
         *([] if apart is None else [f"losses of strong scaling, largest relative difference from one rank's: {apart:.1e}"]),
         *dict.fromkeys(f"OVERSUBSCRIBED: {p.where}" for p in study.points.values() if p.oversubscribed),
     ]
-    report.details["points"] = study.as_json()
+    report.details |= {"points": study.as_json(), "pipelines": study.pipelines}
     report.sizes |= {"ranks": sorted({key[1] for key in study.points}), "zero": sorted({key[2] for key in study.points})}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deepscale import drawing
+from deepscale.bench import scaling_pipeline
 from deepscale.bench.report import markdown, number
 from deepscale.bench.scaling_study import MB, MODES, Study
 
@@ -39,7 +40,7 @@ def page(study: Study, measured: Sequence[dict[str, Any]], figure: str | None) -
         "",
         f"{sizes['depth']:,} layers, width {sizes['width']}, batch {sizes['batch_size']} (strong: over all ranks; weak: on each rank), 32x32 images,",
         f"{sizes['threads']} thread and core a rank. {where}; {packages}.",
-        f"{_number_of(launches)} of each point with {sizes['steps']} timed steps; medians.",
+        f"{_number_of(launches) + ' of each point with ' if launches else ''}{sizes['steps']} timed steps; medians.",
         "",
         *[f"- {sentence}" for sentence in findings(study)],
         "",
@@ -50,12 +51,16 @@ def page(study: Study, measured: Sequence[dict[str, Any]], figure: str | None) -
         rows = study.rows(mode)
         if rows:
             lines += [f"## {mode.capitalize()} scaling: {WHAT[mode]}", "", *_table(rows), ""]
+    pipelines = scaling_pipeline.section(study.pipelines)
+    if not study.points:
+        return "\n".join([*lines, *pipelines])
     lines += [
         "Efficiency: images/s against those of one rank times the cores that the ranks have. Sent: bytes that left a rank in a step, as the kernel",
         "counts them for its TCP connections, in the mean over ranks. Memory: peak of the largest rank over the process with everything imported,",
         f"which takes {_process(study)} MB more. In communication: share of a rank's time inside collectives, noted in steps of their own;",
         "**waiting for a slower rank is in it**. MB are 1e6 bytes.",
         "",
+        *pipelines,
         "## Bytes, by formula",
         "",
         FORMULAS,

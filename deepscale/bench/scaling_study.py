@@ -103,10 +103,14 @@ def launch_of(found: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Study:
-    """Points of one network: `sizes` are its depth, width, batch (of all ranks in strong, of each in weak scaling), threads and kernel."""
+    """Points of one network: `sizes` are its depth, width, batch (of all ranks in strong, of each in weak scaling), threads and kernel.
+
+    `pipelines`: launches of it cut into stages (scaling_pipeline.py).
+    """
 
     sizes: dict[str, Any]
     points: dict[Key, Point] = field(default_factory=dict)
+    pipelines: list[dict[str, Any]] = field(default_factory=list)
 
     def rows(self, mode: str) -> list[dict[str, Any]]:
         """A row of numbers for each point of strong or weak scaling; efficiency is None without a point of one rank to compare to.
@@ -179,4 +183,4 @@ def joined(studies: Sequence[Study]) -> Study:
     for key, point in ((key, point) for study in studies for key, point in study.points.items()):
         launches = [*points[key].launches, *point.launches] if key in points else point.launches
         points[key] = replace(point, launches=launches)
-    return Study(studies[0].sizes, points)
+    return Study(studies[0].sizes, points, [record for study in studies for record in study.pipelines])
