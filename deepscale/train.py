@@ -47,6 +47,7 @@ from deepscale.models import freezing, registry
 from deepscale.models.convnext import use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.models.network import Network
+from deepscale.plan_memory import memories_of
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
 from deepscale.resume import Resumed
@@ -186,6 +187,8 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
                 checkpoints.save(Path(settings.checkpoint.checkpoint_dir), state, settings, info, fit.eval_limit)
         peak = memory.peak_bytes(place.device)
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
+        if place.stages > 1:
+            rows |= stage_rows(settings, info, place, place.gather(max(0, peak - base)))
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
         tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
@@ -338,6 +341,17 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
         "test": f"{result.test['accuracy']:.2%} of {result.test['images']:,.0f} images, loss {result.test['loss']:.4f}",
         "first layer": "frozen" if settings.recipe.freeze else f"mean |gradient| {result.first_gradient:.3g} -> {result.gradient:.3g}",
         "peak memory": f"{progress.gib(peak)}, {progress.gib(grown)} over the start, where {progress.gib(expected)} were planned",
+    }
+
+
+def stage_rows(settings: Config, info: DatasetInfo, place: world.World, grown: Sequence[int]) -> dict[str, str]:
+    """The rows of a pipeline's stages; `grown`: bytes over the start, of each rank."""
+    planned = memories_of(settings, place.size, info.channels, info.image_size, info.classes)
+    peaks = [max(grown[i * place.data_size : (i + 1) * place.data_size]) for i in range(place.stages)]
+    found = zip(planned, peaks, strict=True)
+    return {
+        f"stage {i}": f"{memory.parameters:,} parameters, peak {progress.gib(peak)} over the start, where {progress.gib(memory.total)} were planned"
+        for i, (memory, peak) in enumerate(found, 1)
     }
 
 
