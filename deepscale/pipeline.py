@@ -56,17 +56,16 @@ def check_ranks(stages: int, ranks: int) -> None:
         )
 
 
-def check_parts(stages: int, parts: int) -> None:
-    """Raises UsageError where there are more stages than parts to put in them."""
-    if stages > parts:
-        raise UsageError(
-            f"--pipeline-stages {stages} are more than the {parts} parts of the network (stem, stacks of blocks, downsamplings, head); "
-            f"type at most --pipeline-stages {parts}, or a smaller --stack-size"
-        )
-
-
 def cut(costs: Sequence[float], stages: int) -> list[int]:
-    """[0, ..., len(costs)]: the first part of each stage, and the end. Every cut lies where the cost before it is nearest to its share."""
+    """[0, ..., len(costs)]: the first part of each stage, and the end. Every cut lies where the cost before it is nearest to its share.
+
+    Raises UsageError where there are more stages than parts to put in them.
+    """
+    if stages > len(costs):
+        raise UsageError(
+            f"--pipeline-stages {stages} are more than the {len(costs)} parts of the network (stem, stacks of blocks, downsamplings, head); "
+            f"type at most --pipeline-stages {len(costs)}, or a smaller --stack-size"
+        )
     before = [0.0, *accumulate(costs)]
     edges = [0]
     for stage in range(1, stages):

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from deepscale import pipeline
 from deepscale.config import AUTO, Config, ModelConfig, typed
 from deepscale.depth import STAGES
 from deepscale.engine_config import stage_and_offload
 from deepscale.errors import UsageError
 from deepscale.machine import Machine
 from deepscale.models import registry
-from deepscale.models.convnext import default_stack_size, stack_blocks
+from deepscale.models.convnext import default_stack_size
 from deepscale.plan_choices import FITS, choose, fits
 from deepscale.plan_memory import Memory, memory_of
 from deepscale.plan_network import Images, data_ranks, flops_of, images_of
@@ -65,9 +64,6 @@ def resolve(config: Config, world: World, machine: Machine, *, channels: int, im
     config = settled(config, machine)
     _refuse_many_ranks(config, data_ranks(config, machine.ranks))
     shape = {"channels": channels, "image_size": image_size, "classes": classes}
-    if config.engine.pipeline_stages > 1:
-        parts = sum(map(len, stack_blocks(config.model.stage_blocks, config.engine.stack_size))) + STAGES + 1
-        pipeline.check_parts(config.engine.pipeline_stages, parts)
     candidates = [c for c in _sizes(config, world.size) if _possible(c, image_size, world.size)]
     if not candidates:
         raise _impossible(config, image_size, world.size)
