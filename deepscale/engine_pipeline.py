@@ -73,6 +73,8 @@ class PipelineEngine(DeepSpeedEngine):
             self.engine, *_ = deepspeed.initialize(model=pipe, optimizer=self.optimizer, config=self.settings)
         # The loop looks at the gradients before it steps.
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {OptimizerStep: lambda engine: None}
+        if world.data_size == 1 and self.settings["zero_optimization"].get("stage") == 0:
+            self.engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients together and apart, to average them over one rank
         self.nothing = torch.empty(0, device=world.device)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
