@@ -135,7 +135,7 @@ def _update_s(config: Config, world: World, parameters: int, stacks: int) -> flo
     if config.engine.engine == "deepspeed":
         tensors = 9 * stacks + 20
         copies, tensor_s = ENGINE[int(config.engine.zero), config.engine.offload]
-        copies = 0.0 if config.engine.zero == 0 and world.size == 1 else copies
+        copies = 0.0 if config.engine.zero == 0 and ranks == 1 else copies
         seconds += copies * copy * share + tensor_s * tensors
     return seconds
 
