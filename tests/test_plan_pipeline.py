@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from deepscale import plan_command
-from deepscale.bench import scaling_pipeline
+from deepscale.bench import main, scaling, scaling_pipeline
 from deepscale.bench.scaling_page import page
 from deepscale.bench.scaling_study import Study
 from deepscale.config import Config
@@ -164,3 +166,22 @@ def test_the_bench_s_rows_and_page() -> None:
     text = page(Study(sizes, {}, records), measured, None)
     assert "## Pipeline: the depth cut into stages" in text and "n = 1 launches" in text
     assert any(line.startswith("| 4 (!)") and "60%" in line for line in text.splitlines())
+
+
+def test_the_bench_measures_stages_in_place_of_ranks(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch after launch, a process for each stage; a file of it is merged with others."""
+    asked = list[tuple[str, int, int]]()
+
+    def run(program: str, options: Mapping[str, Any], *, ranks: int, threads: int, limit_s: float) -> dict[str, Any]:
+        asked.append((program, ranks, options["micro_batches"]))
+        return made_up(ranks, options["micro_batches"])
+
+    monkeypatch.setattr(scaling, "run_ranks", run)
+    bench = ["scaling", "--no-tracking", "--batch-size", "8"]
+    main([*bench, "--stages", "1,2", "--micro-batches", "2,4", "--json", "stages.json", "--page", "page.md"])
+    assert asked == [("deepscale.bench.staged", stages, count) for stages in (1, 2) for count in (2, 4)]
+    main([*bench, "--merge", "stages.json", "stages.json", "--json", "both.json", "--page", "both.md"])
+    assert len(json.loads(Path("both.json").read_text())["pipelines"]) == 8 and len(asked) == 4
+    assert "n = 1 launches" in Path("page.md").read_text() and "n = 2 launches" in Path("both.md").read_text()
+    with pytest.raises(UsageError, match="--batch-size 8 does not divide over 3 micro batches"):
+        main([*bench, "--stages", "2", "--micro-batches", "3"])

@@ -35,6 +35,11 @@ from deepscale.tracking import open_tracker
 EXPERIMENT = "deepscale-scaling"
 SIZES = ("depth", "width", "batch_size", "steps", "warm_up", "threads", "kernel")
 PROGRAM, STAGED = "deepscale.bench.ranked", "deepscale.bench.staged"
+EFFICIENCY = (
+    "efficiency: images/s against one rank's times the cores that the ranks have; in communication: share of a rank's time inside collectives, "
+    "where waiting for a slower rank is in it; MB are 1e6 bytes; memory is that of the largest rank, over the process with everything imported"
+)
+WAITING = "waiting: share of the passes' time that a stage is in no pass, beside (P - 1)/(M + P - 1); MB are 1e6 bytes, over the process"
 WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -220,8 +225,8 @@ def _fill(study: Study, report: Report) -> None:
     report.rows = [Row("bytes sent, measured / formula", "x", ratios)] if ratios else []
     apart = study.losses_apart()
     report.notes = [
-        "efficiency: images/s against one rank's times the cores that the ranks have; in communication: share of a rank's time inside collectives, "
-        "where waiting for a slower rank is in it; MB are 1e6 bytes; memory is that of the largest rank, over the process with everything imported",
+        *([WAITING] if pipelines else []),
+        *([EFFICIENCY] if rows else []),
         *([] if apart is None else [f"losses of strong scaling, largest relative difference from one rank's: {apart:.1e}"]),
         *dict.fromkeys(f"OVERSUBSCRIBED: {p.where}" for p in study.points.values() if p.oversubscribed),
     ]
