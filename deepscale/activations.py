@@ -11,20 +11,25 @@ memory, arXiv:2101.06840.
 | selective | x C, xhat C, inverse deviation 1 | h and a: one of two products, and the activation |
 | recompute | x C of every segment's first block | the forward pass, but for the last product of every segment |
 | offload | on the device nothing, on the host as recompute | as recompute |
+| revolve | x C of the inputs of a stage's segments that lie in `slots` | as recompute, and the forward pass to the others' inputs (revolve.py) |
 | reconstruct | of a whole stage its output, in float64, if its blocks are reversible | the forward pass |
 
 Beside it every policy keeps BatchNorm's statistics (2C a block) and stochastic depth's factors (1 a row and block).
 """
 
+import functools
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from torch import nn
 
-from deepscale.config import Config
+from deepscale.config import AUTO, Config
 from deepscale.host_store import HostStore
 from deepscale.models.block import BlockSpec
+from deepscale.models.revolve import Chain, fewest_slots, spans
 from deepscale.models.stack import BlockStack, Keeping
 
 M = TypeVar("M", bound=nn.Module)
@@ -98,7 +103,7 @@ class Block:
 
 
 class Policy(ABC):
-    """What is kept, for stacks of n blocks. Bytes and FLOPs are those of one forward and backward pass."""
+    """What is kept, for a stage whose stacks have these numbers of blocks. Bytes and FLOPs are those of one forward and backward pass."""
 
     name: ClassVar[str]
 
@@ -110,33 +115,33 @@ class Policy(ABC):
                 module.keeping = keeping
         return model
 
+    def at(self, stage: int) -> "Policy":
+        """The policy of one stage of a network."""
+        return self
+
     @abstractmethod
     def keeping(self) -> Keeping:
         """The same for a stack."""
 
     @abstractmethod
-    def kept(self, block: Block, n: int) -> int:
-        """Bytes that the stack's forward pass leaves on the device."""
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        """Bytes that the stage's forward pass leaves on the device."""
 
-    def once(self, block: Block) -> int:
-        """Bytes that the forward pass of a whole stage leaves on the device, however many stacks it has."""
-        return 0
-
-    def host(self, block: Block, n: int) -> int:
+    def host(self, block: Block, stacks: Sequence[int]) -> int:
         """Bytes that it leaves in host memory."""
         return 0
 
     @abstractmethod
-    def working(self, block: Block, n: int) -> int:
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
         """Bytes that its backward pass makes anew at most at a time, beside gradients and what one block's backward takes."""
 
     @abstractmethod
-    def again(self, block: Block, n: int) -> int:
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
         """FLOPs of the forward pass that backward computes again."""
 
-    def flops(self, block: Block, n: int) -> int:
+    def flops(self, block: Block, stacks: Sequence[int]) -> int:
         """FLOPs of products, convolutions and row means, forward and backward."""
-        return n * (block.forward + block.backward + block.folding) + self.again(block, n)
+        return sum(stacks) * (block.forward + block.backward + block.folding) + self.again(block, stacks)
 
 
 @dataclass(frozen=True)
@@ -148,13 +153,13 @@ class KeepAll(Policy):
     def keeping(self) -> Keeping:
         return Keeping()
 
-    def kept(self, block: Block, n: int) -> int:
-        return n * (block.input + block.standard + block.hidden + block.always)
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * (block.input + block.standard + block.hidden + block.always)
 
-    def working(self, block: Block, n: int) -> int:
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
         return 0
 
-    def again(self, block: Block, n: int) -> int:
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
         return 0
 
 
@@ -167,14 +172,14 @@ class Selective(Policy):
     def keeping(self) -> Keeping:
         return Keeping(hidden=False)
 
-    def kept(self, block: Block, n: int) -> int:
-        return n * (block.input + block.standard + block.always)
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * (block.input + block.standard + block.always)
 
-    def working(self, block: Block, n: int) -> int:
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
         return block.hidden
 
-    def again(self, block: Block, n: int) -> int:
-        return n * block.product
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * block.product
 
 
 @dataclass(frozen=True)
@@ -188,21 +193,21 @@ class Recompute(Policy):
         if self.segment < 1:
             raise ValueError(f"{self.segment} blocks are no segment; KeepAll() recomputes none")
 
-    def segments(self, n: int) -> int:
-        """Segments of a stack; the last may be shorter."""
-        return -(-n // self.segment)
+    def segments(self, stacks: Sequence[int]) -> int:
+        """Segments of a stage; the last of each stack may be shorter."""
+        return sum(-(-n // self.segment) for n in stacks)
 
     def keeping(self) -> Keeping:
         return Keeping(self.segment)
 
-    def kept(self, block: Block, n: int) -> int:
-        return self.segments(n) * block.input + n * block.always
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return self.segments(stacks) * block.input + sum(stacks) * block.always
 
-    def working(self, block: Block, n: int) -> int:
-        return min(self.segment, n) * (block.input + block.standard + block.hidden) - block.input
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
+        return min(self.segment, max(stacks)) * (block.input + block.standard + block.hidden) - block.input
 
-    def again(self, block: Block, n: int) -> int:
-        return n * block.forward - self.segments(n) * block.product
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * block.forward - self.segments(stacks) * block.product
 
 
 @dataclass(frozen=True)
@@ -217,14 +222,78 @@ class OffloadInputs(Recompute):
     def keeping(self) -> Keeping:
         return Keeping(self.segment, store=HostStore())
 
-    def kept(self, block: Block, n: int) -> int:
-        return n * block.always
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * block.always
 
-    def host(self, block: Block, n: int) -> int:
-        return self.segments(n) * block.input
+    def host(self, block: Block, stacks: Sequence[int]) -> int:
+        return self.segments(stacks) * block.input
 
-    def working(self, block: Block, n: int) -> int:
-        return super().working(block, n) + 2 * block.input
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
+        return super().working(block, stacks) + 2 * block.input
+
+
+@dataclass(frozen=True)
+class Revolve(Recompute):
+    """As Recompute, but of the inputs of a stage's segments so many are held at a time, in `slots`, and the others computed again from those.
+
+    `slots` are one number for all stages, or one for each; None: the fewest with which no block runs forward more than twice beside
+    its segment's run in backward, which are two levels of recomputation. With as many as there are segments it is Recompute. No schedule runs fewer
+    segments forward again (Griewank and Walther 2000; revolve.py).
+    """
+
+    slots: int | tuple[int, ...] | None = None
+    name = "revolve"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.slots if isinstance(self.slots, tuple) else (self.slots,)
+        if any(slots is not None and slots < 1 for slots in given):
+            raise ValueError(f"{self.slots} slots hold no input to begin from; possible: from 1 on")
+
+    def at(self, stage: int) -> "Revolve":
+        """See Policy."""
+        return Revolve(self.segment, self.slots[stage % len(self.slots)]) if isinstance(self.slots, tuple) else self
+
+    def slots_of(self, stacks: Sequence[int]) -> int:
+        """Inputs of a stage that are held at a time."""
+        assert not isinstance(self.slots, tuple), "of one stage: at()"
+        units = self.segments(stacks)
+        return fewest_slots(units, 1) if self.slots is None else min(self.slots, units)
+
+    def apply(self, model: M) -> M:
+        """Lays the policy on the stacks that follow each other, stage by stage, and gives the tree back."""
+        for stage, stacks in enumerate(chains(model)):
+            chain = Chain(stacks, self.segment, self.at(stage).slots_of([stack.blocks for stack in stacks]))
+            for stack in stacks:
+                stack.keeping = Keeping(self.segment, chain=chain)
+        return model
+
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return self.slots_of(stacks) * block.input + sum(stacks) * block.always
+
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
+        again = self.slots_of(stacks) < self.segments(stacks)  # then a segment's input may lie beside the slots
+        return super().working(block, stacks) + (block.input if again else 0)
+
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
+        blocks, elsewhere = self.advanced(stacks)
+        return super().again(block, stacks) + blocks * block.forward + elsewhere * block.folding // 3
+
+    def advanced(self, stacks: Sequence[int]) -> tuple[int, int]:
+        """(blocks that run forward again to reach inputs, how many of them in a stack that then is called again and folds its weights)."""
+        return _advanced(self.segment, self.slots_of(stacks), tuple(stacks))
+
+
+@functools.lru_cache(maxsize=256)
+def _advanced(segment: int, slots: int, stacks: tuple[int, ...]) -> tuple[int, int]:
+    sizes = [(min(segment, n - begin), own) for own, n in enumerate(stacks) for begin in range(0, n, segment)]
+    before = [0, *itertools.accumulate(size for size, _ in sizes)]
+    first = [0, *itertools.accumulate(stacks)]  # block of each stack
+    blocks = elsewhere = 0
+    for begin, unit in spans(len(sizes), slots):
+        blocks += before[unit] - before[begin]
+        elsewhere += max(0, first[sizes[unit][1]] - before[begin])
+    return blocks, elsewhere
 
 
 @dataclass(frozen=True)
@@ -239,25 +308,35 @@ class Reconstruct(Policy):
     def keeping(self) -> Keeping:
         return Keeping(reconstruct=True)
 
-    def kept(self, block: Block, n: int) -> int:
-        return n * block.always
+    def kept(self, block: Block, stacks: Sequence[int]) -> int:
+        return block.coupled + sum(stacks) * block.always
 
-    def once(self, block: Block) -> int:
-        return block.coupled
-
-    def working(self, block: Block, n: int) -> int:
+    def working(self, block: Block, stacks: Sequence[int]) -> int:
         return block.input + block.standard + block.hidden
 
-    def again(self, block: Block, n: int) -> int:
-        return n * block.forward
+    def again(self, block: Block, stacks: Sequence[int]) -> int:
+        return sum(stacks) * block.forward
 
 
 # Of any blocks, the fastest first; and with those of reversible blocks alone.
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Selective, Recompute, OffloadInputs)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Selective, Recompute, OffloadInputs, Revolve)}
 KINDS: dict[str, type[Policy]] = {**POLICIES, Reconstruct.name: Reconstruct}
 
 
 def policy_of(config: Config) -> Policy:
-    """The policy of a configuration that holds no `auto`."""
-    kind = KINDS[config.engine.activations]
-    return kind(int(config.engine.segment)) if issubclass(kind, Recompute) else kind()  # type: ignore[arg-type]
+    """The policy of a configuration that holds no `auto`, but for slots, which then are those of two levels."""
+    engine, kind = config.engine, KINDS[config.engine.activations]
+    if kind is Revolve:
+        slots = None if engine.slots == AUTO else engine.slots
+        return Revolve(int(engine.segment), slots)  # type: ignore[arg-type]
+    return kind(int(engine.segment)) if issubclass(kind, Recompute) else kind()  # type: ignore[arg-type]
+
+
+def chains(model: nn.Module) -> Iterator[list[BlockStack]]:
+    """The stacks that follow each other among a module's children, in the tree's order: a network's stages."""
+    if isinstance(model, BlockStack):
+        yield [model]
+    for module in model.modules():
+        for stacks, group in itertools.groupby(module.children(), lambda child: isinstance(child, BlockStack)):
+            if stacks:
+                yield [child for child in group if isinstance(child, BlockStack)]

@@ -62,9 +62,9 @@ ALL_NORM_NAMES = (*NORM_NAMES, "tensornorm")
 SKIP_NAMES = ("identity", "deepnorm", "reversible", "none")
 INIT_NAMES = ("normal", "kaiming", "orthogonal", "torch", "delta-orthogonal", "paired", "mirrored", "fixup", "deepnorm")
 # What a forward pass leaves for its backward (activations.py); the first two recompute no whole block.
-ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload")
+ACTIVATION_POLICIES = ("keep", "selective", "recompute", "offload", "revolve")
 REVERSIBLE_POLICIES = ("keep", "reconstruct")  # with --skip reversible
-IN_SEGMENTS = ("recompute", "offload")
+IN_SEGMENTS = ("recompute", "offload", "revolve")
 DATASET_NAMES = ("auto", "cifar10", "cifar100", "fashionmnist", "folder", "synthetic")
 
 
@@ -251,7 +251,8 @@ class EngineConfig(_Checked):
     activations: str = _option(
         AUTO,
         "what is kept for backward: keep (all), selective (what is dear to compute), recompute (a block's input per segment), "
-        "offload (the same, in host memory), reconstruct (nothing, with --skip reversible); auto: the fastest that fits, or reconstruct",
+        "offload (the same, in host memory), revolve (as many of these inputs as there are --slots, the others computed again from them), "
+        "reconstruct (nothing, with --skip reversible); auto: the fastest that fits, or reconstruct",
         one_of((AUTO, *ACTIVATION_POLICIES, "reconstruct")),
         short={"--recompute": "recompute", "--no-recompute": "keep"},
     )
@@ -262,9 +263,15 @@ class EngineConfig(_Checked):
     )
     segment: int | None | Auto = _option(
         AUTO,
-        "blocks recomputed together, with --activations recompute or offload; auto: 4, or about sqrt(blocks / 10) where memory is short; "
+        "blocks recomputed together, with --activations recompute, offload or revolve; auto: 4, or about sqrt(blocks / 10) where memory is short; "
         "given with --activations auto, a number means recompute, and none that no block is recomputed",
         or_word("none", _auto(integer(1)), None),
+    )
+    slots: StackSize | None | Auto = _option(
+        AUTO,
+        "inputs of segments that --activations revolve holds of every stage at a time, or a,b,c,d per stage; auto: those that need the fewest FLOPs "
+        "in the memory that there is; given with --activations auto, a number means revolve",
+        or_word("none", _auto(_stack_size), None),
     )
     device: str = _option(AUTO, "cuda, cpu, or auto", one_of(("auto", "cuda", "cpu")))
     kernel: str = _option(
@@ -283,13 +290,22 @@ class EngineConfig(_Checked):
         super().__post_init__()
         if self.activations in ("keep", "selective", "reconstruct") and self.segment not in (AUTO, None):
             raise UsageError(
-                f"--segment {self.segment} is for --activations recompute or offload, and --activations {self.activations} was given; "
+                f"--segment {self.segment} is for --activations recompute, offload or revolve, and --activations {self.activations} was given; "
                 f"leave --segment out, or type --activations recompute"
             )
         if self.activations in IN_SEGMENTS and self.segment is None:
             raise UsageError(
                 f"--segment none recomputes no block, and --activations {self.activations} was given; leave --segment out, or type --activations keep"
             )
+        if self.activations not in (AUTO, "revolve") and self.slots not in (AUTO, None):
+            raise UsageError(
+                f"{' '.join(typed('slots', self.slots))} is for --activations revolve, and --activations {self.activations} was given; "
+                f"leave --slots out, or type --activations revolve"
+            )
+        if self.activations == "revolve" and self.slots is None:
+            raise UsageError("--slots none holds no inputs, and --activations revolve was given; leave --slots out, or type --activations recompute")
+        if self.activations == AUTO and self.slots not in (AUTO, None) and self.segment is None:
+            raise UsageError(f"{' '.join(typed('slots', self.slots))} holds inputs of segments, and --segment none has none; leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -362,9 +378,10 @@ class Config:
                 f"--activations reconstruct needs blocks whose input follows from their output, and --skip {self.model.skip} has none; "
                 f"type --skip reversible, too, or --activations recompute"
             )
-        if not reversible or (engine.activations in (AUTO, *REVERSIBLE_POLICIES) and engine.segment in (AUTO, None)):
+        if not reversible or (engine.activations in (AUTO, *REVERSIBLE_POLICIES) and {engine.segment, engine.slots} <= {AUTO, None}):
             return
-        given = f"--activations {engine.activations}" if engine.activations not in (AUTO, *REVERSIBLE_POLICIES) else f"--segment {engine.segment}"
+        given = f"--segment {engine.segment}" if engine.segment not in (AUTO, None) else " ".join(typed("slots", engine.slots))
+        given = f"--activations {engine.activations}" if engine.activations not in (AUTO, *REVERSIBLE_POLICIES) else given
         raise UsageError(
             f"{given} keeps inputs of blocks to compute them again, and --skip reversible reconstructs all inputs from one output; "
             f"leave it out, or type --activations reconstruct or keep"

@@ -243,7 +243,8 @@ def gathered(config: Config, ranks: int) -> int:
     """The most elements of whole parameters that ZeRO-3 holds at once on a rank's device, beside the rank's own part.
 
     0 below stage 3, and where the rank's own part is the whole: on one rank, unless it rests on the host of another device. What is kept
-    for backward holds no weight (models/stack.py), so that the number is the same for every activation policy.
+    for backward holds no weight (models/stack.py), so that the number is the same for every activation policy, but where a stack runs forward
+    again while another's backward runs.
     """
     if config.engine.engine == "torch" or config.engine.zero != 3:
         return 0
@@ -254,7 +255,8 @@ def gathered(config: Config, ranks: int) -> int:
     persistent = sum(n for stack in stacks for n in stack if n <= int(zero["stage3_param_persistence_threshold"]))
     ahead = int(zero["stage3_max_live_parameters"]) + max(map(max, stacks)) if zero["stage3_prefetch_bucket_size"] else 0
     reused = largest + int(zero["stage3_max_reuse_distance"])
-    return min(parameters_of(config.model), persistent + max(ahead, reused))
+    both = largest if config.engine.activations == "revolve" else 0
+    return min(parameters_of(config.model), persistent + max(ahead, reused) + both)
 
 
 def reduce_bucket(config: Config) -> int:

@@ -114,8 +114,9 @@ def memory_advice(settings: Config, ranks: int) -> str:
         advice.append("--recompute")
     elif engine.segment != least:
         advice.append(f"--segment {least}")
-    elif engine.activations == "recompute" and engine.device == "cuda":
-        advice.append("--activations offload")
+    elif engine.activations == "recompute":
+        advice += ["--activations offload"] if engine.device == "cuda" else []
+        advice.append("--activations revolve")
     if engine.engine == "deepspeed" and ranks > 1 and engine.zero != 3:
         advice.append("--zero 3")
     if engine.engine == "deepspeed" and engine.device == "cuda" and engine.offload != "cpu":

@@ -41,6 +41,10 @@ def check(config: "Config") -> None:
             model.norm == "batchnorm",
             "--norm batchnorm counts running statistics, which are not gathered from stages: type --norm layernorm or rmsnorm",
         ),
+        (
+            engine.activations == "revolve" or engine.slots not in ("auto", None),
+            "--activations revolve has its schedule for all stacks of a width, which stages cut: type --activations recompute, or leave --slots out",
+        ),
         (recipe.freeze > 0, f"--freeze {recipe.freeze} may leave a stage without anything to train: leave it out"),
     ):
         if bad:

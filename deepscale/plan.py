@@ -12,8 +12,8 @@ from deepscale.errors import UsageError
 from deepscale.machine import Machine
 from deepscale.models import registry
 from deepscale.models.convnext import default_stack_size
-from deepscale.plan_choices import FITS, choose, fits
-from deepscale.plan_memory import Memory, memory_of
+from deepscale.plan_choices import choose
+from deepscale.plan_memory import FITS, Memory, fits, memory_of
 from deepscale.plan_network import Images, data_ranks, flops_of, images_of
 from deepscale.plan_pipeline import bubble
 from deepscale.plan_time import CORE_FLOPS, measure_step_s
@@ -33,6 +33,7 @@ KEPT = {
     "selective": "a part of the activations kept",
     "recompute": "activations recomputed",
     "offload": "activations recomputed from inputs on the host",
+    "revolve": "activations and most of their inputs recomputed",
     "reconstruct": "activations reconstructed from outputs",
 }
 
@@ -128,6 +129,7 @@ def _settled_without_stacks(config: Config) -> Config:
     for name, given, possible in (
         ("activations", engine.activations, (AUTO, "keep")),
         ("segment", engine.segment, (AUTO, None)),
+        ("slots", engine.slots, (AUTO, None)),
         ("stack_size", engine.stack_size, (AUTO, 1)),
     ):
         if given not in possible:
@@ -259,6 +261,9 @@ def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | N
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")
     zero = "plain torch" if engine.engine == "torch" else f"ZeRO {engine.zero}" + (", offload to the CPU" if engine.offload == "cpu" else "")
     how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {registry.MODELS[model.model].kept or KEPT[engine.activations]}"
+    if engine.slots is not None:
+        slots = engine.slots if isinstance(engine.slots, tuple) else (engine.slots,)
+        how += f" (segments of {engine.segment}, {' '.join(map(str, slots))} slots)"
     if model.model != "convnext":
         how += "; counted, not calibrated"
     if engine.pipeline_stages > 1:

@@ -2,18 +2,19 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from deepscale import pipeline
 from deepscale.activations import KINDS, POLICIES
-from deepscale.config import AUTO, IN_SEGMENTS, REVERSIBLE_POLICIES, Config
+from deepscale.config import AUTO, REVERSIBLE_POLICIES, Auto, Config, StackSize
 from deepscale.depth import MAX_DEPTH, MIN_DEPTH, blocks_for_depth, depth_of_blocks
 from deepscale.machine import Machine
 from deepscale.models.convnext import default_stack_size, smallest_segment
-from deepscale.plan_memory import Memory, memory_of
+from deepscale.plan_memory import fits, memory_of
 from deepscale.plan_network import data_ranks
+from deepscale.plan_revolve import leanest, scheduled
 
 FAST_SEGMENT = 4  # blocks recomputed together whose activations stay in a core's cache
-FITS = 0.9  # of the memory that is free
 # (ZeRO stage, offload) that can be worth their time: on one rank ZeRO saves nothing unless it offloads.
 ALONE = ((0, "none"), (2, "cpu"), (3, "cpu"))
 SEVERAL = ((1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu"))
@@ -21,12 +22,14 @@ SEVERAL = ((1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "c
 
 @dataclass(frozen=True)
 class Choice:
-    """Where an engine's states rest, and what a forward pass leaves for backward. `segment` is None where no block is recomputed."""
+    """Where an engine's states rest, and what a forward pass leaves for backward. `segment` is None where no block is recomputed, and `slots` where
+    all inputs of segments are kept; of `revolve` both are `auto` until memory says them (plan_revolve.py)."""
 
     zero: int
     offload: str
     activations: str
-    segment: int | None
+    segment: int | None | Auto
+    slots: StackSize | None | Auto = None
 
     def apply(self, config: Config) -> Config:
         """The configuration with this choice."""
@@ -43,17 +46,25 @@ def placements(config: Config) -> list[tuple[int, str]]:
     return [(stage, place) for place in ("none", "cpu") for stage in stages if offload in (AUTO, place) and (stage, place) != (0, "cpu")]
 
 
-def policies(config: Config) -> list[tuple[str, int | None]]:
-    """(activation policy, segment) of all that there is, the fastest first; a segment given by hand says whether blocks are recomputed."""
+def policies(config: Config) -> list[tuple[Any, ...]]:
+    """(activation policy, segment, slots) of all that there is, the fastest first; a segment given by hand says whether blocks are recomputed, and
+    slots, how."""
     engine, names = config.engine, list(REVERSIBLE_POLICIES if config.model.skip == "reversible" else POLICIES)
     if config.model.model != "convnext":
-        return [("keep", None)]
+        return [("keep", None, None)]
+    if engine.pipeline_stages > 1 and "revolve" in names:
+        names.remove("revolve")
     if engine.activations != AUTO:
         names = [engine.activations]
+    elif engine.slots not in (AUTO, None):
+        names = ["revolve"]
     elif engine.segment != AUTO:
         names = ["keep"] if engine.segment is None else ["recompute"]
+    elif engine.slots is None:
+        names.remove("revolve")
     segments = [FAST_SEGMENT, smallest_segment(config.model.stage_blocks)] if engine.segment == AUTO else [engine.segment]
-    return [(name, segment) for name in names for segment in (dict.fromkeys(segments) if name in IN_SEGMENTS else [None])]
+    own = {"revolve": [engine.segment], **dict.fromkeys(("recompute", "offload"), dict.fromkeys(segments))}
+    return [(name, segment, engine.slots if name == "revolve" else None) for name in names for segment in own.get(name, [None])]
 
 
 def preferred(config: Config, machine: Machine) -> list[Choice]:
@@ -69,19 +80,21 @@ def preferred(config: Config, machine: Machine) -> list[Choice]:
     return sorted(choices, key=lambda c: (c.offload == "cpu", c.zero == 3, order.index(c.activations), c.zero))
 
 
-def fits(memory: Memory, machine: Machine) -> bool:
-    """Whether a step fits what is free, with a tenth left."""
-    if machine.device == "cpu":
-        return memory.total <= FITS * machine.host_bytes
-    return memory.device <= FITS * machine.device_bytes and memory.host <= FITS * machine.host_bytes
+def resolved(choice: Choice, config: Config, machine: Machine, **shape: int) -> Choice:
+    """The choice with its schedule, for a configuration that is open in nothing else."""
+    engine = scheduled(choice.apply(config), machine, **shape).engine
+    return dataclasses.replace(choice, segment=engine.segment, slots=engine.slots)
 
 
 def choose(config: Config, machine: Machine, **shape: int) -> Config:
     """The fastest choice that fits, else the smallest."""
-    options = [choice.apply(config) for choice in preferred(config, machine)]
-    sizes = {option: memory_of(option, machine.ranks, **shape) for option in options}
-    fitting = next((option for option, memory in sizes.items() if fits(memory, machine)), None)
-    return fitting or min(options, key=lambda option: sizes[option].total if machine.device == "cpu" else sizes[option].device)
+    sizes = {}
+    for choice in preferred(config, machine):
+        option = scheduled(choice.apply(config), machine, **shape)
+        sizes[option] = memory_of(option, machine.ranks, **shape)
+        if fits(sizes[option], machine):
+            return option
+    return min(sizes, key=lambda option: sizes[option].total if machine.device == "cpu" else sizes[option].device)
 
 
 def at_depth(config: Config, depth: int) -> Config:
@@ -95,8 +108,8 @@ def deepest(config: Config, place: tuple[int, str], policy: str, machine: Machin
 
     def possible(depth: int) -> bool:
         own = at_depth(config, depth)
-        options = [Choice(*place, name, segment).apply(own) for name, segment in policies(own) if name == policy]
-        return any(fits(memory_of(option, machine.ranks, **shape), machine) for option in options)
+        options = [leanest(Choice(*place, *given).apply(own), machine, **shape) for given in policies(own) if given[0] == policy]
+        return any(fits(memory_of(option, machine.ranks, **shape), machine) for some in options for option in some)
 
     if not possible(MIN_DEPTH):
         return None

@@ -16,7 +16,7 @@ from deepscale.errors import UsageError
 from deepscale.machine import Machine, measure_machine
 from deepscale.models import registry
 from deepscale.parsing import parse_bytes, parse_count
-from deepscale.plan_choices import Choice, deepest, placements, policies
+from deepscale.plan_choices import Choice, deepest, placements, policies, resolved
 from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
 from deepscale.plan_memory import memories_of
 from deepscale.plan_network import data_ranks, flops_of, images_of
@@ -32,7 +32,7 @@ CIFAR_BYTES = 60_000 * 3 * 32**2
 
 
 # Settings that decide what is built and what it takes: typed in the command even where the planner chose them.
-CHOSEN = ("depth", "width", "patch_size", "batch_size", "precision", "zero", "offload", "activations", "segment", "stack_size")
+CHOSEN = ("depth", "width", "patch_size", "batch_size", "precision", "zero", "offload", "activations", "segment", "slots", "stack_size")
 
 
 def main(arguments: list[str]) -> None:
@@ -125,9 +125,9 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
     flops = flops_of(found.config, machine.ranks, **shape)
     parts = found.config.recipe.accumulation * data_ranks(found.config, machine.ranks)
     engine = found.config.engine
-    chosen = Choice(int(engine.zero), engine.offload, engine.activations, engine.segment)  # type: ignore[arg-type]
+    chosen = Choice(int(engine.zero), engine.offload, engine.activations, engine.segment, engine.slots)
     free = _open(asked, found.config)
-    choices = [Choice(*where, *policy) for where in placements(free) for policy in policies(free)]
+    choices = [resolved(Choice(*where, *policy), found.config, machine, **shape) for where in placements(free) for policy in policies(free)]
     choices += [] if chosen in choices else [chosen]
     return {
         "parameters": found.memory.parameters,
@@ -147,14 +147,14 @@ def _planned(asked: Config, given: argparse.Namespace, machine: Machine, place: 
 
 def _open(asked: Config, settings: Config) -> Config:
     """The settings with ZeRO, offload and activation policy open again where they were not given by hand."""
-    names = ("zero", "offload", "activations", "segment")
+    names = ("zero", "offload", "activations", "segment", "slots")
     return settings.replace(**{name: config.flat(asked)[name] for name in names}) if not asked.engine.deepspeed_config else settings
 
 
 def _depths(asked: Config, machine: Machine, shape: dict[str, int]) -> dict[str, Any]:
     """How deep each choice can go, at the settings' sizes."""
     settings = plan.settled(plan.largest(asked, machine.ranks), machine)
-    names = dict.fromkeys(name for name, _ in policies(settings))
+    names = dict.fromkeys(name for name, *_ in policies(settings))
     rows = [
         {"zero": zero, "offload": offload, "activations": name, "max_depth": deepest(settings, (zero, offload), name, machine, **shape)}
         for zero, offload in placements(settings)
@@ -199,7 +199,7 @@ def command(asked: Config, settings: Config, ranks: int, nodes: int = 1) -> str:
     """The command that trains as planned: what was given, and the planner's choices that decide what is built and what it takes."""
     values, given = config.flat(settings), config.differing(asked)
     chosen = [name for name in CHOSEN if not (name == "depth" and asked.model.blocks) and not (name in ("zero", "offload") and _fixed(asked))]
-    chosen = [name for name in chosen if not (name == "segment" and values[name] is None)]
+    chosen = [name for name in chosen if not (name in ("segment", "slots") and values[name] is None)]
     network = settings.model.model
     if network != "convnext":
         chosen = [name for name in chosen if name not in ("stack_size", *registry.unknown(network))]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from deepscale import pipeline
 from deepscale.config import Config
+from deepscale.machine import Machine
 from deepscale.models import registry
 from deepscale.models.convnext import count_parameters
 from deepscale.plan_counted import counted
@@ -33,6 +34,7 @@ from deepscale.plan_states import States, states_of
 # On a CPU glibc gives tensors of 32 MiB and more back to the system, smaller ones only at the end of its heap. So the heap's peak stays, with
 # holes between what lives long, and with as much again for small tensors that come and go: freed memory that was aligned is seldom found again.
 HOLES = 0.08
+FITS = 0.9  # of the memory that is free
 FIRST_STEPS = 4_000_000  # code that is read from the libraries, autograd's nodes, Python's objects
 
 
@@ -103,6 +105,13 @@ class Memory:
         if not self.one_memory:
             return self.device + self.host
         return max(m.bytes + m.host for m in self.moments) + self.retained
+
+
+def fits(memory: Memory, machine: Machine) -> bool:
+    """Whether a step fits what is free, with a tenth left."""
+    if machine.device == "cpu":
+        return memory.total <= FITS * machine.host_bytes
+    return memory.device <= FITS * machine.device_bytes and memory.host <= FITS * machine.host_bytes
 
 
 def memory_of(config: Config, ranks: int, channels: int, image_size: int, classes: int) -> Memory:

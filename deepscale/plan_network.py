@@ -135,13 +135,14 @@ class Needs:
 
 def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]:
     """What the stages need, by causes."""
-    policy, needs = policy_of(config), []
-    for stage, outer in zip(stages, _kept_outside(config, stages, images), strict=True):
+    needs = []
+    for s, (stage, outer) in enumerate(zip(stages, _kept_outside(config, stages, images), strict=True)):
         if not stage.stacks:
             needs.append(Needs(outer * stage.outer, 0, 2 * stage.stream * stage.outer, stage.stream * stage.outer, 0))
             continue
-        kept = outer * stage.outer + policy.once(stage.block) + sum(policy.kept(stage.block, n) for n in stage.stacks)
-        segment = max(policy.working(stage.block, n) for n in stage.stacks)
+        policy = policy_of(config).at(s)
+        kept = outer * stage.outer + policy.kept(stage.block, stage.stacks)
+        segment = policy.working(stage.block, stage.stacks)
         folded, rows = _folded(config, stage), segment + _block_backward(config, stage)
         stack = folded + _unfolding(stage)
         small = 0 if stage.stream >= LARGE else rows if stage.block.hidden // 2 < LARGE else rows // 4
@@ -152,7 +153,7 @@ def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]
 
 def kept_on_host(config: Config, stages: list[Stage]) -> int:
     """Bytes that the forward pass leaves in host memory."""
-    return sum(policy_of(config).host(stage.block, n) for stage in stages for n in stage.stacks)
+    return sum(policy_of(config).at(s).host(stage.block, stage.stacks) for s, stage in enumerate(stages))
 
 
 def evaluated(config: Config) -> int:
@@ -164,7 +165,7 @@ def evaluation_bytes(config: Config, images: Images, own: list[Stage]) -> int:
     """What one block and one stack of these stages take while images are evaluated, and the images."""
     batch = dataclasses.replace(images, micro=evaluated(config))
     nothing = ("reconstruct", None) if config.model.skip == "reversible" else ("recompute", 1)
-    settings = config.replace(activations=nothing[0], segment=nothing[1])
+    settings = config.replace(activations=nothing[0], segment=nothing[1], slots=None)
     stages = [stage for stage, here in zip(stages_of(config, batch), own, strict=True) if here.stacks]
     return 2 * batch.bytes + max((_block_forward(settings, stage) + _folded(config, stage) for stage in stages), default=0)
 
@@ -242,14 +243,13 @@ def flops_of(config: Config, ranks: int, channels: int, image_size: int, classes
     images = images_of(config, ranks, channels, image_size, classes)
     if config.model.model != "convnext":
         return Flops(*counted_flops(config.model, registry.Images(channels, image_size, classes), images.micro), again=0)
-    policy, stages = policy_of(config), stages_of(config, images)
+    stages = stages_of(config, images)
     head = 2 * images.micro * stages[-1].channels * images.classes
     outer = sum(stage.product for stage in stages) + head
     backward, forward, again = 2 * outer - stages[0].product, outer, 0
-    for stage in stages:
-        for n in stage.stacks:
-            own = policy.again(stage.block, n)
-            total = policy.flops(stage.block, n) - own
-            forward, again = forward + n * stage.block.forward, again + own
-            backward += total - n * stage.block.forward
+    for s, stage in enumerate(stages):
+        policy, first = policy_of(config).at(s), sum(stage.stacks) * stage.block.forward
+        own = policy.again(stage.block, stage.stacks)
+        forward, again = forward + first, again + own
+        backward += policy.flops(stage.block, stage.stacks) - own - first
     return Flops(forward, backward, again)

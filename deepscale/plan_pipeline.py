@@ -14,7 +14,7 @@ def part_costs(config: Config, images: Images) -> list[int]:
     policy, costs, stages = policy_of(config), list[int](), stages_of(config, images)
     for stage in stages:
         costs.append((3 if costs else 2) * stage.product)  # images need no gradient
-        costs += [policy.flops(stage.block, n) for n in stage.stacks]
+        costs += [policy.flops(stage.block, [n]) for n in stage.stacks]
     return [*costs, 6 * images.micro * stages[-1].channels * images.classes]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from deepscale.config import Config
 from deepscale.depth import MAX_DEPTH
 from deepscale.machine import Machine
-from deepscale.plan_choices import Choice, fits
-from deepscale.plan_memory import memory_of
+from deepscale.plan_choices import Choice
+from deepscale.plan_memory import fits, memory_of
 from deepscale.progress import gib, seconds
 
 Record = dict[str, Any]

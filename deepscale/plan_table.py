@@ -8,9 +8,9 @@ from typing import Any
 from deepscale import plan
 from deepscale.config import Config
 from deepscale.machine import Machine
-from deepscale.plan_choices import at_depth, choose, deepest, fits, placements
+from deepscale.plan_choices import at_depth, choose, deepest, placements
 from deepscale.plan_communication import GPU_BANDWIDTH, NODE_BANDWIDTH, Cluster, communication_of, traffic_of
-from deepscale.plan_memory import memory_of
+from deepscale.plan_memory import fits, memory_of
 from deepscale.progress import seconds
 
 DEPTHS, WIDTHS = (100_000, 1_000_000), (64, 128, 256, 512)

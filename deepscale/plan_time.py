@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepscale.activations import policy_of
+from deepscale.activations import Policy, Recompute, Revolve, policy_of
 from deepscale.config import Config
 from deepscale.models import registry
 from deepscale.models.components import LOW_PRECISION
@@ -47,7 +47,7 @@ def measure_step_s(config: Config, world: World, images: Images) -> float:
     if config.model.model != "convnext":
         return _whole_s(config, world, images)
     stages = stages_of(config, images)
-    blocks = sum(_stage_s(config, world, stage, images.micro) for stage in stages)
+    blocks = sum(_stage_s(config, world, stage, images.micro, policy_of(config).at(s)) for s, stage in enumerate(stages))
     passes = blocks + _outside_s(config, world, stages, images)
     parameters, stacks = count_parameters(config.model, images.classes, images.channels), sum(len(stage.stacks) for stage in stages)
     cut, micro_batches = config.engine.pipeline_stages, config.recipe.accumulation
@@ -72,20 +72,24 @@ def _whole_s(config: Config, world: World, images: Images) -> float:
     return passes + _update_s(config, world, sum(p.numel() for p in network.parameters()), len(modules) // 4)
 
 
-def _stage_s(config: Config, world: World, stage: Stage, micro: int) -> float:
-    """All blocks of a stage, forward and backward: a stack of them, as long as that does not take long."""
+def _stage_s(config: Config, world: World, stage: Stage, micro: int, policy: Policy) -> float:
+    """All blocks of a stage, forward and backward: a stack of them, as long as that does not take long; and those that run forward once more."""
     # Ranks measure on their own, and not equally often: nothing may wait for another.
     spec = dataclasses.replace(block_spec(config.model, stage.channels), sync_batchnorm=False)
 
-    def seconds(n: int, runs: int = 1) -> float:
-        stack = policy_of(config).apply(BlockStack(spec, 0, n))
+    again = policy.advanced(stage.stacks)[0] if isinstance(policy, Revolve) else 0
+    policy = Recompute(policy.segment) if isinstance(policy, Revolve) else policy
+
+    def seconds(n: int, runs: int = 1, backward: bool = True) -> float:
+        stack = policy.apply(BlockStack(spec, 0, n))
         stack.kernel = config.engine.kernel
-        return _passes_s(config, world, stack, _input(world, stage, micro), runs)
+        return _passes_s(config, world, stack, _input(world, stage, micro), runs, backward)
 
     one = seconds(1)
     blocks = sum(stage.stacks)
-    many = min(max(stage.stacks), int(MEASURE_S / one))
-    return blocks * one if many < 2 else blocks / many * seconds(many, MANY_RUNS)
+    many = max(1, min(max(stage.stacks), int(MEASURE_S / one)))
+    passes = blocks * one if many < 2 else blocks / many * seconds(many, MANY_RUNS)
+    return passes + (again / many * seconds(many, MANY_RUNS, backward=False) if again else 0.0)
 
 
 def _outside_s(config: Config, world: World, stages: list[Stage], images: Images) -> float:
@@ -108,8 +112,8 @@ def _input(world: World, stage: Stage, micro: int) -> Tensor:
     return torch.randn(micro, stage.channels, side, side, device=world.device).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor, runs: int = 1) -> float:
-    """One forward and backward pass of a module with random weights."""
+def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor, runs: int = 1, backward: bool = True) -> float:
+    """One forward pass, and `backward`, of a module with random weights."""
     module.to(world.device)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -117,9 +121,10 @@ def _passes_s(config: Config, world: World, module: nn.Module, x: Tensor, runs: 
 
     def run() -> None:
         module.zero_grad()  # no step adds to gradients that are there
-        with torch.autocast(world.device.type, dtype=low, enabled=low is not None):
+        with torch.autocast(world.device.type, dtype=low, enabled=low is not None), torch.set_grad_enabled(backward):
             y = module(x)
-        y.backward(y.detach())
+        if backward:
+            y.backward(y.detach())
 
     return _median_s(run, world, runs)
 

@@ -19,8 +19,8 @@ from deepscale.world import World
 
 # How the network runs and where things lie: may differ from the stored run, whose results stay but for rounding.
 FREE = {
-    *("data_dir", "download", "workers", "engine", "zero", "offload", "deepspeed_config", "activations", "segment", "device", "kernel", "threads"),
-    *("hang_timeout", "local_rank", "verbose", "tracking", "tags", "checkpoint_every", "checkpoint_dir", "resume", "keep", "async_save"),
+    *("data_dir", "download", "workers", "engine", "zero", "offload", "deepspeed_config", "activations", "segment", "slots", "device", "kernel"),
+    *("threads", "hang_timeout", "local_rank", "verbose", "tracking", "tags", "checkpoint_every", "checkpoint_dir", "resume", "keep", "async_save"),
     "pipeline_stages",
 }
 # Of these the present command's are taken, typed or not.

@@ -8,7 +8,7 @@ import torch
 from test_stack import C, images, stack_of
 from torch import Tensor, nn
 
-from deepscale.activations import POLICIES, ROW_MEANS, Block, KeepAll, OffloadInputs, Policy, Recompute, Selective, policy_of
+from deepscale.activations import POLICIES, ROW_MEANS, Block, KeepAll, OffloadInputs, Policy, Recompute, Revolve, Selective, policy_of
 from deepscale.bench.flops import counted_flops
 from deepscale.bench.kept import Alive
 from deepscale.config import ACTIVATION_NAMES, ACTIVATION_POLICIES, IN_SEGMENTS, NORM_NAMES, Config
@@ -21,6 +21,7 @@ from deepscale.models.stack import BlockStack
 from deepscale.world import World
 
 OTHERS: list[Policy] = [Selective(), Recompute(1), Recompute(2), Recompute(9), OffloadInputs(1), OffloadInputs(2)]
+OTHERS += [Revolve(1, slots) for slots in (1, 2, 3, 5)] + [Revolve(2, slots) for slots in (None, 1, 2)]
 BLOCKS = 5
 RATES = tuple(i / 10 for i in range(BLOCKS))
 
@@ -29,7 +30,7 @@ def test_the_table_holds_every_policy_of_the_setting() -> None:
     assert tuple(POLICIES) == ACTIVATION_POLICIES
     assert {name for name, kind in POLICIES.items() if issubclass(kind, Recompute)} == set(IN_SEGMENTS)
     found = [policy_of(Config().replace(activations=name, segment=3 if name in IN_SEGMENTS else None)) for name in POLICIES]
-    assert found == [KeepAll(), Selective(), Recompute(3), OffloadInputs(3)]
+    assert found == [KeepAll(), Selective(), Recompute(3), OffloadInputs(3), Revolve(3)]
     with pytest.raises(ValueError, match="no segment"):
         Recompute(0)
 
@@ -117,7 +118,7 @@ def test_policies_train_alike(precision: str, accumulation: int, norm: str) -> N
     settings = Config().replace(**SMALL, precision=precision, accumulation=accumulation, norm=norm, drop_path=0.3, layerscale_init=0.5)
     place = World(0, 1, 0, 1, torch.device("cpu"))
     trained = []
-    for policy in (KeepAll(), Selective(), Recompute(2), OffloadInputs(2)):
+    for policy in (KeepAll(), Selective(), Recompute(2), OffloadInputs(2), Revolve(1), Revolve(2, 1)):
         model = policy.apply(ConvNeXt(settings.model, stack_size=3)).initialise(0)
         engine = TorchEngine(model, settings, place)
         torch.manual_seed(0)
@@ -133,7 +134,7 @@ def test_policies_train_alike(precision: str, accumulation: int, norm: str) -> N
             assert torch.equal(ours, kept)
 
 
-@pytest.mark.parametrize("policy", [KeepAll(), Selective(), Recompute(2), OffloadInputs(2)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [KeepAll(), Selective(), Recompute(2), OffloadInputs(2), Revolve(2, 1)], ids=lambda policy: policy.name)
 def test_a_second_backward_is_an_error_under_every_policy(policy: Policy) -> None:
     stack = policy.apply(stack_of(3))
     loss = stack(images(2, C, 5, 5)).sum()
@@ -178,7 +179,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(spec: dict[str, Any], rates: bo
     for policy in (KeepAll(), *OTHERS):
         kept, _, block = alive_after_forward(policy, low, rates, **spec)
         own = 0 if isinstance(policy, OffloadInputs) else block.input
-        assert kept == policy.kept(block, BLOCKS) + policy.host(block, BLOCKS) - own, policy
+        assert kept == policy.kept(block, [BLOCKS]) + policy.host(block, [BLOCKS]) - own, policy
 
 
 def alive_in_backward(policy: Policy, low: bool, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> tuple[int, Block]:
@@ -204,10 +205,10 @@ def alive_in_backward(policy: Policy, low: bool, monkeypatch: pytest.MonkeyPatch
 def test_what_backward_makes_anew_is_the_formula_to_the_byte(norm: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More or less than keeping all takes at that point, where gradients and folded weights are the same."""
     base, block = alive_in_backward(KeepAll(), low, monkeypatch, norm=norm)
-    base -= KeepAll().kept(block, 6)
+    base -= KeepAll().kept(block, [6])
     for policy in (Selective(), *map(Recompute, (1, 2, 3, 6)), *map(OffloadInputs, (1, 2, 3, 6))):
         found, _ = alive_in_backward(policy, low, monkeypatch, norm=norm)
-        expected = policy.kept(block, 6) + policy.host(block, 6) + policy.working(block, 6)
+        expected = policy.kept(block, [6]) + policy.host(block, [6]) + policy.working(block, [6])
         if isinstance(policy, Recompute) and norm in ROW_MEANS:
             expected += 4 * C  # the vector that row means are products with, once a stack
         if policy == OffloadInputs(6):
@@ -225,4 +226,4 @@ def test_flops_are_the_formula_exactly(spec: dict[str, Any]) -> None:
         stack = policy.apply(stack_of(BLOCKS, dtype=torch.float32, **spec))
         x = images(BATCH, C, HIGH, WIDE, dtype=torch.float32).requires_grad_()
         counted = counted_flops(lambda stack=stack, x=x: stack(x).sum().backward())
-        assert counted == policy.flops(block_of(stack, False, False), BLOCKS), policy
+        assert counted == policy.flops(block_of(stack, False, False), [BLOCKS]), policy

@@ -82,6 +82,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "activations": ("recompute", "recompute"),
     "stack_size": ("8,4,2,1", (8, 4, 2, 1)),
     "segment": ("5", 5),
+    "slots": ("8,8,16,4", (8, 8, 16, 4)),
     "device": ("cpu", "cpu"),
     "kernel": ("torch", "torch"),
     "threads": ("1", 1),
@@ -115,6 +116,7 @@ NEEDS = {
     "init_layers": {"init_from": "weights"},
     "momentum": {"optimizer": "sgd"},
     "min_lr": {"schedule": "cosine"},
+    "slots": {"activations": "revolve"},
 }
 APART = {"model", "init_std", "pipeline_stages", *NEEDS}
 
@@ -189,7 +191,7 @@ CHOICES = {
     "schedule_every": ("step", "epoch"),
     "engine": ("deepspeed", "torch"),
     "offload": ("auto", "none", "cpu", "nvme"),
-    "activations": ("auto", "keep", "selective", "recompute", "offload", "reconstruct"),
+    "activations": ("auto", "keep", "selective", "recompute", "offload", "revolve", "reconstruct"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "device": ("auto", "cuda", "cpu"),
 }
@@ -340,6 +342,10 @@ def test_a_short_switch_is_its_policy(switch: str) -> None:
         ("--activations selective --segment 2", ["--segment 2", "--activations selective was given"]),
         ("--recompute --segment none", ["--segment none", "--activations recompute was given", "type --activations keep"]),
         ("--activations offload --segment none", ["--segment none", "--activations offload was given"]),
+        ("--activations recompute --slots 8,8,8,8", ["--slots 8,8,8,8", "--activations recompute was given", "type --activations revolve"]),
+        ("--activations revolve --slots none", ["--slots none", "--activations revolve was given", "type --activations recompute"]),
+        ("--slots 8 --segment none", ["--slots 8", "--segment none", "leave one of them out"]),
+        ("--slots 8 --skip reversible", ["--slots 8", "--skip reversible", "--activations reconstruct or keep"]),
     ],
 )
 def test_contradictory_policies_are_refused(arguments: str, words: list[str]) -> None:
@@ -352,6 +358,8 @@ def test_contradictory_policies_are_refused(arguments: str, words: list[str]) ->
 def test_policies_that_go_together() -> None:
     """Segments where blocks are recomputed, or left to the planner; `--offload` is about the optimiser and parameters, not about activations."""
     for line in ("--recompute --segment 4", "--activations offload --segment 4 --offload none", "--segment 4", "--segment none", "--no-recompute"):
+        parse(line.split())
+    for line in ("--slots 8", "--slots none", "--activations revolve --slots 3,3,9,3 --segment 2", "--slots 8 --segment 2"):
         parse(line.split())
     assert parse(["--segment", "none"]).engine.segment is None
 

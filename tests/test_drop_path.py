@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepscale import ops
-from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Reconstruct, Selective
+from deepscale.activations import KeepAll, OffloadInputs, Policy, Recompute, Reconstruct, Revolve, Selective
 from deepscale.config import Config, ModelConfig
 from deepscale.errors import UsageError
 from deepscale.gradflow.health import NEVER, Thresholds, verdict
@@ -23,7 +23,7 @@ from deepscale.ops.op import missing_compiler
 from tests.flows import made_up_flow
 
 BLOCKS = (2, 3, 8, 2)
-POLICIES: tuple[Policy, ...] = (KeepAll(), Selective(), Recompute(1), Recompute(3), OffloadInputs(2))
+POLICIES: tuple[Policy, ...] = (KeepAll(), Selective(), Recompute(1), Recompute(3), OffloadInputs(2), Revolve(2, 3))
 
 
 def network(policy: Policy = POLICIES[0], kernel: str = "torch", **settings: Any) -> tuple[ConvNeXt, PlainConvNeXt]:
@@ -98,9 +98,9 @@ def stack_of(rates: tuple[float, ...], policy: Policy = POLICIES[0]) -> BlockSta
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_dropped_block_is_not_computed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FLOPs of forward and backward of six blocks of which two are dropped, against those of four."""
+    """FLOPs of forward and backward of six blocks of which two are dropped, a whole segment of two, against those of four."""
     counted = []
-    for draws in ([0.9, 0.1, 0.9, 0.9, 0.1, 0.9], [0.9] * 4):
+    for draws in ([0.9, 0.9, 0.1, 0.1, 0.9, 0.9], [0.9] * 4):
         monkeypatch.setattr(torch, "rand", given(iter(draws)))
         stack = stack_of((0.5,) * len(draws), policy)
         folding = FlopCounterMode(display=False)
@@ -111,7 +111,7 @@ def test_a_dropped_block_is_not_computed(policy: Policy, monkeypatch: pytest.Mon
     assert counted[0] == counted[1] > 0
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", (*POLICIES, Revolve(1, 2)), ids=str)
 def test_all_blocks_dropped_is_the_identity(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", given(itertools.repeat(0.0)))
     stack = stack_of((0.5, 0.5, 0.5), policy)
@@ -124,7 +124,7 @@ def test_all_blocks_dropped_is_the_identity(policy: Policy, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("kernel", ["torch", "native"])
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", (*POLICIES, Revolve(1, 2)), ids=str)
 @pytest.mark.parametrize("dropped", [(0,), (4,), (0, 1), (3, 4), (1, 3), (0, 1, 2, 3, 4)], ids=str)
 def test_an_observer_sees_every_block(dropped: tuple[int, ...], policy: Policy, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradient of five blocks, a dropped one's those of the block before and after it, against a chain of single blocks under autograd."""

@@ -123,13 +123,14 @@ RESOLVED = Config().replace(
     [
         ({}, 1, "type --recompute or --accumulation 2 or --width 32"),
         ({"activations": "recompute", "segment": 4}, 1, "type --segment 6 or --accumulation 2 or --width 32"),
-        ({"activations": "recompute", "segment": 6, "accumulation": 64, "width": 1}, 1, "type a smaller --depth"),
-        ({"activations": "recompute", "segment": 6, "zero": 2}, 2, "type --zero 3 or --accumulation 2 or --width 32"),
+        ({"activations": "recompute", "segment": 6, "accumulation": 64, "width": 1}, 1, "type --activations revolve"),
+        ({"activations": "recompute", "segment": 6, "zero": 2}, 2, "type --activations revolve or --zero 3 or --accumulation 2 or --width 32"),
         (
             {"activations": "recompute", "segment": 6, "device": "cuda"},
             1,
-            "type --activations offload or --zero 3 --offload cpu or --accumulation 2 or --width 32",
+            "type --activations offload or --activations revolve or --zero 3 --offload cpu or --accumulation 2 or --width 32",
         ),
+        ({"activations": "revolve", "segment": 6, "slots": 9, "accumulation": 64, "width": 1}, 1, "type a smaller --depth"),
         ({"activations": "offload", "segment": 6, "device": "cuda", "engine": "torch"}, 1, "type --accumulation 2 or --width 32"),
     ],
 )

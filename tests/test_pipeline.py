@@ -193,6 +193,7 @@ def test_a_cut_is_within_a_part_of_the_best(costs: list[float], stages: int) -> 
         ("--skip reversible", "leave one of them out"),
         ("--norm batchnorm", "type --norm layernorm"),
         ("--freeze 2", "leave it out"),
+        ("--activations revolve", "type --activations recompute"),
     ],
 )
 def test_what_is_not_possible_is_said(typed: str, says: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from deepscale import plan, plan_command, plan_table
-from deepscale.config import flat, parse
+from deepscale.config import ACTIVATION_POLICIES, flat, parse
 from deepscale.errors import UsageError
-from deepscale.plan_choices import FITS
+from deepscale.plan_memory import FITS
 
 ON_A_GPU = ("--depth", "10000", "--width", "64", "--batch-size", "64", "--device-memory", "24GiB", "--host-memory", "128GiB")
 
@@ -45,7 +45,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(planned: Any) -> None:
     assert found["step_s"] is None  # nothing here could time it
     assert found["flops"]["total"] == found["flops"]["forward"] + found["flops"]["backward"] + found["flops"]["again"] > 50e12
     assert {(row["zero"], row["offload"]) for row in found["choices"]} == {(z, o) for z in range(4) for o in ("none", "cpu")} - {(0, "cpu")}
-    assert {row["activations"] for row in found["choices"]} == {"keep", "selective", "recompute", "offload"}
+    assert {row["activations"] for row in found["choices"]} == set(ACTIVATION_POLICIES)
     chosen = next(row for row in found["choices"] if all(row[name] == value for name, value in found["recommended"].items()))
     assert chosen["fits"] and chosen["device"]["peak"] == found["device_bytes"] <= FITS * 24 * 2**30
     assert set(chosen["device"]) == {"weights", "gradients", "optimizer", "buffers", "kept", "segment", "workspace", "data", "retained", "peak"}
@@ -71,8 +71,21 @@ def test_the_command_builds_what_was_planned(planned: Any, given: tuple[str, ...
     assert (f"--num_gpus {ranks} " in command) is (ranks > 1)
     assert command.startswith("DS_ACCELERATOR=cpu ") is (ranks > 1 and "cpu" in given)
     typed = pasted(command)
-    for name in ("width", "patch_size", "batch_size", "precision", "zero", "offload", "activations", "segment", "stack_size", "lr", "augment"):
-        if not (name in ("zero", "offload") and "torch" in given) and not (name == "segment" and settings[name] is None):
+    for name in (
+        "width",
+        "patch_size",
+        "batch_size",
+        "precision",
+        "zero",
+        "offload",
+        "activations",
+        "segment",
+        "slots",
+        "stack_size",
+        "lr",
+        "augment",
+    ):
+        if not (name in ("zero", "offload") and "torch" in given) and not (name in ("segment", "slots") and settings[name] is None):
             assert json.loads(json.dumps(typed[name])) == settings[name], name
 
 

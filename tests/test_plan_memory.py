@@ -13,9 +13,10 @@ from deepscale.config import Config
 from deepscale.engine import TorchEngine
 from deepscale.machine import Machine
 from deepscale.models.convnext import ConvNeXt, count_parameters, default_stack_size
-from deepscale.plan_choices import Choice, at_depth, choose, deepest, fits, placements, policies, preferred
-from deepscale.plan_memory import Memory, memory_of
+from deepscale.plan_choices import Choice, at_depth, choose, deepest, placements, policies, preferred
+from deepscale.plan_memory import Memory, fits, memory_of
 from deepscale.plan_network import images_of, needs_of, stages_of
+from deepscale.plan_revolve import scheduled
 from deepscale.world import World
 
 GIB = 2**30
@@ -127,9 +128,9 @@ def test_more_takes_more(grown: dict[str, Any]) -> None:
 
 
 def test_policies_keep_less_and_less() -> None:
-    policies = (("keep", None), ("selective", None), ("recompute", 4), ("offload", 4))
+    policies = (("keep", None), ("selective", None), ("recompute", 4), ("revolve", 4), ("offload", 4))
     kept = [planned(activations=name, segment=segment, device="cuda").kept for name, segment in policies]
-    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 5
 
 
 # -------------------------------------------------------------------------------------------------------------------- choices
@@ -145,7 +146,7 @@ def test_what_is_preferred_is_the_fastest_first() -> None:
     assert several[0].zero == 1 and {choice.zero for choice in several} == {1, 2, 3}
     on_cpu = preferred(own, Machine("cpu", GIB, GIB, False, 1))
     assert {(choice.zero, choice.offload) for choice in on_cpu} == {(0, "none")} and {choice.activations for choice in on_cpu} == {
-        "keep", "selective", "recompute",
+        "keep", "selective", "recompute", "revolve",
     }  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def test_one_block_more_than_the_deepest_does_not_fit(place: tuple[int, str], po
 
     def possible(depth: int) -> bool:
         deep = at_depth(own, depth)
-        return any(fits(memory_of(Choice(*place, name, n).apply(deep), 1, **SHAPE), GPU) for name, n in policies(deep) if name == policy)
+        return any(fits(memory_of(Choice(*place, *own).apply(deep), 1, **SHAPE), GPU) for own in policies(deep) if own[0] == policy)
 
     assert possible(found) and not possible(found + 1)
 
@@ -186,6 +187,6 @@ def test_the_choice_that_is_taken_is_the_first_that_fits() -> None:
     own = settings().replace(zero="auto", offload="auto", activations="auto", segment="auto", device="cuda", width=64, patch_size=1, batch_size=64)
     for gib in (24, 8, 5, 3):
         machine = dataclasses.replace(GPU, device_bytes=int(gib * GIB))
-        options = [choice.apply(own) for choice in preferred(own, machine)]
+        options = [scheduled(choice.apply(own), machine, **SHAPE) for choice in preferred(own, machine)]
         expected = next(option for option in options if fits(memory_of(option, 1, **SHAPE), machine))
         assert choose(own, machine, **SHAPE) == expected

@@ -94,6 +94,7 @@ def counted(model: torch.nn.Module, batch: int) -> tuple[int, int]:
 
 
 POLICIES: list[tuple[str, int | None]] = [("keep", None), ("selective", None), ("recompute", 1), ("recompute", 2), ("recompute", 3), ("offload", 2)]
+POLICIES += [("revolve", 1), ("revolve", 2)]
 
 
 @pytest.mark.parametrize(("policy", "segment"), POLICIES)

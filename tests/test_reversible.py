@@ -213,7 +213,7 @@ def test_the_policy_knows_what_is_kept(policy: Policy) -> None:
         output = stacks(x)
         held = alive.bytes
     beside = 0 if policy == Reconstruct() else output.nbytes  # which nobody but this test holds
-    assert held == policy.once(block) + 2 * policy.kept(block, 3) + beside
+    assert held == policy.kept(block, [3, 3]) + beside
 
 
 # --------------------------------------------------------------------------------------------------- passes in another order

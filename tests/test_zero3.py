@@ -12,13 +12,13 @@ from conftest import run_ranks
 from test_engine import apart
 
 from deepscale import engine_config
-from deepscale.config import ACTIVATION_POLICIES, Config
+from deepscale.config import ACTIVATION_POLICIES, IN_SEGMENTS, Config
 
 pytest.importorskip("deepspeed")
 import zero3_worker
 
 STEPS = 3
-POLICIES = {name: {"activations": name, "segment": 1 if name in ("recompute", "offload") else None} for name in ACTIVATION_POLICIES}
+POLICIES = {name: {"activations": name, "segment": 1 if name in IN_SEGMENTS else None} for name in ACTIVATION_POLICIES}
 Results = dict[str, Any]
 
 
@@ -52,12 +52,14 @@ EXPECTED = {"accumulated": "torch accumulated", "reversible": "torch reversible"
 
 @pytest.mark.parametrize("name", ZERO3)
 def test_at_most_three_stacks_are_gathered_at_once(ranks: list[Results], name: str) -> None:
-    """Counted from asking to releasing, and again as memory that is alive: what is kept for backward holds none of it, recomputed or not."""
+    """Counted from asking to releasing, and again as memory that is alive: what is kept for backward holds none of it, recomputed or not. One more
+    where a stack runs forward again during another's backward."""
+    most = 4 if name == "revolve" else 3
     for rank in ranks:
         found = rank[name]
         assert found["total"] > 4 * found["largest"]
-        assert found["largest"] < found["elements"] <= 3 * found["largest"]
-        assert found["largest"] <= found["alive"] <= 3 * found["largest"]
+        assert found["largest"] < found["elements"] <= most * found["largest"]
+        assert found["largest"] <= found["alive"] <= most * found["largest"]
 
 
 @pytest.mark.parametrize("name", POLICIES)

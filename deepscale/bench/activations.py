@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deepscale import kernel
-from deepscale.activations import Block, KeepAll, OffloadInputs, Policy, Recompute, Selective
+from deepscale.activations import Block, KeepAll, OffloadInputs, Policy, Recompute, Revolve, Selective, chains
 from deepscale.bench.deep import timed
 from deepscale.bench.flops import counted_flops
 from deepscale.bench.kept import kept_bytes
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(values.threads)
     settings = configuration(**settings_of(values, "depth", "width", "batch_size", "threads", "kernel"), engine="torch")
     settings = kernel.choose(settings, ALONE, say, say)
-    policies = [KeepAll(), Selective(), Recompute(values.segment), OffloadInputs(values.segment)]
+    policies = [KeepAll(), Selective(), Recompute(values.segment), OffloadInputs(values.segment), Revolve(values.segment)]
     _times(values, settings, policies, report)
     _counts(values, settings, policies, report)
     report.notes.append("offload without a GPU copies within one memory: its values and bytes are what counts here, not its time")
@@ -72,7 +72,7 @@ def _times(values: argparse.Namespace, settings: Config, policies: list[Policy],
 def _counts(values: argparse.Namespace, settings: Config, policies: list[Policy], report: Report) -> None:
     """FLOPs and bytes of one pass of each policy beside its formula, and loss and gradients beside those of keeping all."""
     images, labels = random_batch(values.counted_batch_size)
-    stacks = blocks_of(build(settings), images)
+    stages = stages_of(build(settings), images)
     keep = policies[0]
     flops, kept, found = {}, {}, {}
     for policy in policies:
@@ -82,18 +82,18 @@ def _counts(values: argparse.Namespace, settings: Config, policies: list[Policy]
         flops[policy] = counted_flops(partial(loss_and_gradients, counted, images, labels))
         found[policy] = loss_and_gradients(policy.apply(build(settings)), images, labels)
     # What is outside the stacks is the same under all policies.
-    outside_flops = flops[keep] - sum(keep.flops(block, n) for block, n in stacks)
-    outside_kept = kept[keep] - sum(keep.kept(block, n) for block, n in stacks)
+    outside_flops = flops[keep] - sum(keep.flops(*stage) for stage in stages)
+    outside_kept = kept[keep] - sum(keep.kept(*stage) for stage in stages)
     shape = f"{depth_of_blocks(blocks_for_depth(values.depth)):,} layers, width {values.width}, batch {values.counted_batch_size}"
     report.rows.append(Row(f"FLOPs, keep: {shape}", "GFLOP", (flops[keep] / 1e9,)))
     for policy in policies[1:]:
-        formula = outside_flops + sum(policy.flops(block, n) for block, n in stacks)
+        formula = outside_flops + sum(policy.at(s).flops(*stage) for s, stage in enumerate(stages))
         report.rows.append(ratio(f"FLOPs, {policy.name} / keep", [flops[policy]], [flops[keep]]))
         report.rows.append(ratio(f"FLOPs, {policy.name} / formula", [flops[policy]], [formula]))
     report.rows.append(Row(f"kept by the forward pass, keep: {shape}", "MB", (kept[keep] / 1e6,)))
     for policy in policies[1:]:
-        host = sum(policy.host(block, n) for block, n in stacks)
-        formula = outside_kept + host + sum(policy.kept(block, n) for block, n in stacks)
+        host = sum(policy.at(s).host(*stage) for s, stage in enumerate(stages))
+        formula = outside_kept + host + sum(policy.at(s).kept(*stage) for s, stage in enumerate(stages))
         report.rows.append(ratio(f"kept, {policy.name} / keep", [kept[policy]], [kept[keep]]))
         report.rows.append(ratio(f"kept, {policy.name} / formula", [kept[policy]], [formula]))
         if host:
@@ -104,19 +104,19 @@ def _counts(values: argparse.Namespace, settings: Config, policies: list[Policy]
         report.rows.append(Row(f"gradients, {policy.name}: largest difference to keep", "abs", (max(apart[1:]),)))
 
 
-def blocks_of(model: nn.Module, images: Tensor) -> list[tuple[Block, int]]:
-    """(block, how many) of every stack of a float32 network, with the rows that these images make, by a pass without gradients."""
-    found: list[tuple[Block, int]] = []
+def stages_of(model: nn.Module, images: Tensor) -> list[tuple[Block, tuple[int, ...]]]:
+    """(block, how many in each stack) of every stage of a float32 network, with the rows that these images make, by a pass without gradients."""
+    found: dict[nn.Module, Block] = {}
 
     def note(stack: BlockStack, inputs: tuple[Tensor], output: Tensor) -> None:
-        found.append((Block(stack.spec, output.numel() // output.shape[1], drop_path=stack.drop_rates is not None), stack.blocks))
+        found[stack] = Block(stack.spec, output.numel() // output.shape[1], drop_path=stack.drop_rates is not None)
 
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, BlockStack)]
     with torch.no_grad():
         model(images)
     for hook in hooks:
         hook.remove()
-    return found
+    return [(found[stacks[0]], tuple(stack.blocks for stack in stacks)) for stacks in chains(model)]
 
 
 def loss_and_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:

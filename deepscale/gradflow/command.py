@@ -15,7 +15,7 @@ from deepscale.paths import relative_to_here, run_folder
 from deepscale.progress import Progress
 
 PICTURE, PAGE = "probe.png", "probe.html"
-ENGINE = ("precision", "activations", "stack_size", "segment", "device", "threads")  # settings of the engine that a probe has
+ENGINE = ("precision", "activations", "stack_size", "segment", "slots", "device", "threads")  # settings of the engine that a probe has
 LIMITS = ("vanishing_ratio", "exploding_ratio")
 COLUMNS = {
     "step": "step",

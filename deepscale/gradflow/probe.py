@@ -112,7 +112,7 @@ def plan_all(variants: Sequence[Variant], batches: int, place: World, info: Data
 
     def resolved(settings: Config) -> plan.Plan:
         engine = settings.engine
-        choose = engine.activations == AUTO and engine.segment is not None and settings.model.model == "convnext"
+        choose = engine.activations == AUTO and engine.segment is not None and engine.slots == AUTO and settings.model.model == "convnext"
         least = "reconstruct" if settings.model.skip == "reversible" else "recompute"
         activations = least if choose else engine.activations
         settings = settings.replace(engine="torch", activations=activations, time_budget=TIME_S / len(variants) / batches / plan.STEP_SHARE)

@@ -13,6 +13,7 @@ The residual stream and the norm's statistics keep the stream's dtype (float32 u
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class Weights:
     """
 
     def __init__(
-        self, spec: BlockSpec, parameters: dict[str, Tensor], stream: torch.dtype, branch: torch.dtype, passing: tuple[float, ...] | None = None
+        self, spec: BlockSpec, parameters: Mapping[str, Tensor], stream: torch.dtype, branch: torch.dtype, passing: tuple[float, ...] | None = None
     ) -> None:
         p = {name: value.to(stream) for name, value in parameters.items()}
         w1, b1, w2, b2 = p["pwconv1.weight"], p["pwconv1.bias"], p["pwconv2.weight"], p["pwconv2.bias"]

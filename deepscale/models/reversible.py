@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepscale.models.block import Gradients, Weights, rounded, rows_of
+from deepscale.models.block import Gradients, rounded, rows_of
 from deepscale.models.observe import BlockObserver
-from deepscale.models.work import backward_of, moments_of, note_moments, work_of
+from deepscale.models.work import Run, backward_of, moments_of, note_moments
 
 if TYPE_CHECKING:
     from deepscale.models.stack import BlockStack
@@ -91,10 +91,10 @@ def inverse(stack: "BlockStack", y: Tensor) -> Tensor:
     stream = torch.promote_types(stack.stacked()["pwconv1.weight"].dtype, torch.float32)
     branch, moments = stack.branch_dtype(y.device.type), moments_of(stack, stream)
     with torch.autocast(y.device.type, enabled=False):
-        weights = Weights(stack.spec, {name: value.detach() for name, value in stack.stacked().items()}, stream, branch)
         first, second = halves_of(y, y.dtype)
         given = first.to(stream, copy=True)
-        work = work_of(stack.kernel, stack.spec, weights, given, moments, True, None, None)
+        run = Run(stack.spec, stack.kernel, branch, moments, True, None, None)
+        _, work = run.begin({name: value.detach() for name, value in stack.stacked().items()}, stream, given, None)
         for i in reversed(range(stack.blocks)):
             given = work.couple(second, work.forward(given, i), -1)
             first, second = second, first
@@ -133,10 +133,10 @@ class _ReversibleFunction(torch.autograd.Function):
         moments, kept, masks = moments_of(stack, stream), list[Any](), masks if masks is None else masks.to(stream)
         shows = observer is not None and (reconstruct is not None or observer.without_gradients)
         with torch.autocast(x.device.type, enabled=False):
-            weights = Weights(spec, dict(zip(spec.shapes(), parameters, strict=True)), stream, branch, passing)
             first, second = halves_of(x, x.dtype)
             given = second.to(stream, copy=True)  # to the branch
-            work = work_of(stack.kernel, spec, weights, given, moments, not stack.training, masks, None)
+            run = Run(spec, stack.kernel, branch, moments, not stack.training, masks, passing)
+            weights, work = run.begin(dict(zip(spec.shapes(), parameters, strict=True)), stream, given, None)
             computed = set(weights.computed)
             for i in range(weights.blocks):
                 if i in computed:
@@ -154,8 +154,7 @@ class _ReversibleFunction(torch.autograd.Function):
             y = whole((first, second))
         note_moments(stack, moments, y.numel() // spec.width)
         ctx.save_for_backward(*parameters)
-        ctx.spec, ctx.kept, ctx.observer, ctx.kernel, ctx.stream, ctx.branch = spec, kept, observer, stack.kernel, stream, branch
-        ctx.masks, ctx.moments, ctx.fixed, ctx.passing, ctx.spent = masks, moments, not stack.training, passing, False
+        ctx.run, ctx.kept, ctx.observer, ctx.stream, ctx.spent = run, kept, observer, stream, False
         ctx.held, ctx.before = Held(y) if reconstruct else None, before
         if before is not None:
             before.value = None
@@ -164,7 +163,7 @@ class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        spec, output, observer, held = ctx.spec, outputs[0], ctx.observer, ctx.held
+        spec, output, observer, held = ctx.run.spec, outputs[0], ctx.observer, ctx.held
         with torch.autocast(output.device.type, enabled=False):
             gradients = halves_of(output, ctx.stream)
             shape = gradients[0].shape

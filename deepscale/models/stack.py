@@ -8,6 +8,7 @@ every segment of blocks (arXiv:1604.06174), whose forward then runs again. Segme
 held at once and stay in cache, at no more tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deepscale.models import reversible
-from deepscale.models.block import BlockSpec, Gradients, Weights, rows_of
+from deepscale.models.block import BlockSpec, Gradients, rows_of
 from deepscale.models.components import RunningStatistics
 from deepscale.models.observe import BlockObserver
-from deepscale.models.work import backward_of, moments_of, note_moments, work_of
+from deepscale.models.revolve import Chain
+from deepscale.models.work import Run, backward_of, moments_of, note_moments
 
 
 class Store(Protocol):
@@ -34,18 +36,65 @@ class Store(Protocol):
         ...
 
 
+class Inputs(Protocol):
+    """The inputs of a stack's segments in one pass, put in order, taken the last one first. `all_stay`: in memory of the stack's device."""
+
+    segment: int
+    all_stay: bool
+
+    def put(self, unit: int, x: Tensor) -> None:
+        """The input x (B, C, H, W) of segment `unit`."""
+        ...
+
+    def ends(self, x: Tensor) -> None:
+        """The stack's output."""
+        ...
+
+    def take(self, unit: int, work: Any) -> Tensor:
+        """The input of segment `unit`; `work` computes the stack's blocks."""
+        ...
+
+
+class AllInputs:
+    """Every input, in the store if there is one."""
+
+    def __init__(self, segment: int, store: Store | None) -> None:
+        self.segment, self.store, self.all_stay = segment, store, store is None
+        self.kept: list[Any] = []
+
+    def put(self, unit: int, x: Tensor) -> None:
+        """See Inputs."""
+        self.kept.append(x if self.store is None else self.store.put(x))
+
+    def ends(self, x: Tensor) -> None:
+        """See Inputs."""
+
+    def take(self, unit: int, work: Any) -> Tensor:
+        """See Inputs."""
+        part = self.kept.pop()
+        return part if self.store is None else self.store.get(part)
+
+
 @dataclass(frozen=True)
 class Keeping:
     """What a stack's forward pass leaves for its backward; every choice gives the same values.
 
     `segment` 0: what each block's backward needs, but for h and a unless `hidden`; n: the inputs of every n blocks, in the
-    `store` if there is one. `reconstruct`: of reversible blocks nothing (reversible.py).
+    `store` if there is one, or some of them, of the whole `chain` of stacks (revolve.py). `reconstruct`: of reversible blocks nothing
+    (reversible.py).
     """
 
     segment: int = 0
     hidden: bool = True
     store: Store | None = None
+    chain: Chain | None = None
     reconstruct: bool = False
+
+    def inputs(self, stack: "BlockStack", run: Run, x: Tensor) -> Inputs | None:
+        """Where a pass of a stack that begins with x puts the inputs of its segments."""
+        if self.chain is not None:
+            return self.chain.enter(stack, run, x)
+        return AllInputs(self.segment, self.store) if self.segment else None
 
 
 class _StackFunction(torch.autograd.Function):
@@ -63,46 +112,45 @@ class _StackFunction(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         spec, moments = stack.spec, moments_of(stack, x.dtype)
+        run = Run(spec, stack.kernel, branch, moments, not stack.training, masks, passing)
+        inputs = None if keeping is None else keeping.inputs(stack, run, x)
         with torch.autocast(x.device.type, enabled=False):
-            named = dict(zip(spec.shapes(), parameters, strict=True))
-            weights = Weights(spec, named, x.dtype, branch, passing)
-            work = work_of(stack.kernel, spec, weights, x, moments, not stack.training, masks, None)
+            weights, work = run.begin(dict(zip(spec.shapes(), parameters, strict=True)), x.dtype, x, None)
             kept: list[Any] = []
-            first, measuring, computed = x, moments if stack.training else None, weights.computed
-            place = 0  # among those that are computed
+            first, measuring, computed = x, moments if stack.training else None, set(weights.computed)
+            last = max(computed, default=-1)
             for i in range(weights.blocks):
-                if place < len(computed) and computed[place] == i:
-                    x = _forward(work, x, i, place, measuring, keeping, kept)
-                    place += 1
-                ends = place == len(computed)
-                if stack.observer is not None and (stack.observer.without_gradients if keeping is None else ends):
+                if inputs is not None and i % inputs.segment == 0:
+                    inputs.put(i // inputs.segment, x)
+                if i in computed:
+                    x = _forward(work, x, i, measuring, keeping, kept)
+                if stack.observer is not None and (stack.observer.without_gradients if keeping is None else i >= last):
                     stack.observer.output(i, x)  # with gradients, backward shows the others: what it needs of them it has then
         note_moments(stack, moments, first.numel() // spec.channels)
-        # The input is saved for autograd's check that nobody overwrites it, but where a store has a copy: there it must not stay.
-        held = () if keeping is not None and keeping.store is not None else (first,)
-        ctx.save_for_backward(*parameters, *held)
-        ctx.spec, ctx.kept, ctx.keeping, ctx.observer, ctx.kernel = spec, kept, keeping, stack.observer, stack.kernel
-        ctx.masks, ctx.moments, ctx.fixed, ctx.branch, ctx.passing, ctx.spent = masks, moments, not stack.training, branch, passing, False
+        if inputs is not None:
+            inputs.ends(x)
+        # The input is saved for autograd's check that nobody overwrites it, but where it is not to stay.
+        ctx.save_for_backward(*parameters, *([first] if inputs is None or inputs.all_stay else []))
+        ctx.run, ctx.kept, ctx.inputs, ctx.keeping, ctx.observer, ctx.spent = run, kept, inputs, keeping, stack.observer, False
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        spec, output, observer = ctx.spec, outputs[0], ctx.observer
+        output, observer = outputs[0], ctx.observer
         with torch.autocast(output.device.type, enabled=False):
             named, weights, work = backward_of(ctx, output.dtype, output, observer)
             batch, channels, height, width = output.shape
-            grads = Gradients(spec, weights, output)
+            grads = Gradients(ctx.run.spec, weights, output)
             g = rows_of(output.contiguous(memory_format=torch.channels_last))
             saved: list[Any] = []
             above: Any = None  # what was saved of the block after the one at hand
-            place = len(weights.computed)
+            computed = set(weights.computed)
             for i in reversed(range(weights.blocks)):
-                if place and weights.computed[place - 1] == i:
-                    place -= 1
-                    if not saved:
-                        saved = _again(work, ctx.kept.pop(), ctx.keeping, weights.computed, place)
-                    above = saved.pop()
+                if ctx.inputs is not None and (i + 1 == weights.blocks or (i + 1) % ctx.inputs.segment == 0):
+                    saved = _again(work, ctx.inputs, i, computed)
+                if i in computed:
+                    above = saved.pop() if ctx.inputs is not None else _whole(work, ctx.kept.pop(), ctx.keeping, i)
                     g = work.backward(g, above, i, grads)
                 elif observer is not None:  # a block that is left out: its input is the input of the next one
                     observer.gradient(i, g)
@@ -112,26 +160,28 @@ class _StackFunction(torch.autograd.Function):
             return dx, None, None, None, None, None, *grads.unfolded(named).values()
 
 
-def _forward(work: Any, x: Tensor, i: int, place: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
-    """Block i, the one at `place` of those that are computed, adding to `kept` what is kept of it, or of the segment that it begins."""
+def _forward(work: Any, x: Tensor, i: int, moments: Tensor | None, keeping: Keeping | None, kept: list[Any]) -> Tensor:
+    """Block i, adding to `kept` what is kept of it."""
     if keeping is None or keeping.segment:
-        if keeping is not None and place % keeping.segment == 0:
-            kept.append(x if keeping.store is None else keeping.store.put(x))
         return work.forward(x, i, moments)
     x, part = (work.kept if keeping.hidden else work.standard)(x, i, moments)
     kept.append(part)
     return x
 
 
-def _again(work: Any, part: Any, keeping: Keeping, computed: list[int], last: int) -> list[Any]:
-    """What the backward of the block at place `last`, or of the segment that it ends, needs: from what `_forward` kept, the rest computed again."""
-    if not keeping.segment:
-        return [part if keeping.hidden else work.expanded(*part, computed[last])]
-    x, again = part if keeping.store is None else keeping.store.get(part), []
-    for place in range(last - last % keeping.segment, last):
-        x, saved = work.kept(x, computed[place])
+def _whole(work: Any, part: Any, keeping: Keeping, i: int) -> Any:
+    """What block i's backward needs, from what `_forward` kept."""
+    return part if keeping.hidden else work.expanded(*part, i)
+
+
+def _again(work: Any, inputs: Inputs, last: int, computed: set[int]) -> list[Any]:
+    """What the backward of the segment that block `last` ends needs: it runs again from its input, but for the end of its last block."""
+    x, again = inputs.take(last // inputs.segment, work), []
+    blocks = [i for i in range(last - last % inputs.segment, last + 1) if i in computed]
+    for i in blocks[:-1]:
+        x, saved = work.kept(x, i)
         again.append(saved)
-    return [*again, work.hidden(x, computed[last])]
+    return [*again, *(work.hidden(x, i) for i in blocks[-1:])]
 
 
 class BlockStack(nn.Module):
@@ -175,8 +225,13 @@ class BlockStack(nn.Module):
         """The parameters by the plain network's names within a block."""
         return {name: getattr(self, name.replace(".", "_")) for name in self.spec.shapes()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W), in the stream's dtype; the branch runs in autocast's dtype where that is on."""
+    def forward(self, x: Tensor, again: Callable[["BlockStack", Tensor], Tensor] | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W), in the stream's dtype; the branch runs in autocast's dtype where that is on.
+
+        `again`: what runs instead, within the backward pass of another stack, while this one's weights are whole (revolve.py).
+        """
+        if again is not None:
+            return again(self, x)
         parameters = tuple(self.stacked().values())
         branch = self.branch_dtype(x.device.type)
         keeping = self.keeping if torch.is_grad_enabled() else None

@@ -1,5 +1,8 @@
 """What a pass through a stack begins with, whatever its skip connection: BatchNorm's statistics, and who computes its blocks."""
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,20 +32,33 @@ def note_moments(stack: "BlockStack", moments: Tensor | None, rows: int) -> None
         stack.statistics.add(moments[0], moments[1], batch_rows(rows, stack.spec.sync_batchnorm))
 
 
-def work_of(
-    kernel: str,
-    spec: BlockSpec,
-    weights: Weights,
-    x: Tensor,
-    moments: Tensor | None,
-    fixed: bool,
-    masks: Tensor | None,
-    observer: BlockObserver | None,
-) -> Any:
-    """The maths of a block on branches shaped as x: torch's operators, or the native kernel for what that knows."""
-    if kernel == "native" and native.computes(spec, x.device, weights.stream, weights.branch):
-        return native.NativeWork(spec, weights, x, masks, observer)
-    return TorchWork(spec, weights, norms_of(spec, weights.blocks, moments, fixed), masks, observer)
+@dataclass(frozen=True)
+class Run:
+    """How a pass runs through a stack: all that its blocks depend on beside their weights and input, so that they can run again.
+
+    moments: of BatchNorm, `fixed` where they are the running ones. masks: stochastic depth's, (n, M, 1). passing: see `Weights`.
+    """
+
+    spec: BlockSpec
+    kernel: str
+    branch: torch.dtype
+    moments: Tensor | None
+    fixed: bool
+    masks: Tensor | None
+    passing: tuple[float, ...] | None
+
+    def part(self, blocks: slice) -> "Run":
+        """Of some consecutive blocks."""
+        moments, masks = None if self.moments is None else self.moments[:, blocks], None if self.masks is None else self.masks[blocks]
+        return dataclasses.replace(self, moments=moments, masks=masks, passing=None if self.passing is None else self.passing[blocks])
+
+    def begin(self, named: Mapping[str, Tensor], stream: torch.dtype, x: Tensor, observer: BlockObserver | None) -> tuple[Weights, Any]:
+        """(the parameters as the blocks use them, who computes these on branches shaped as x): torch's operators, or the native kernel for what
+        that knows."""
+        weights = Weights(self.spec, named, stream, self.branch, self.passing)
+        if self.kernel == "native" and native.computes(self.spec, x.device, weights.stream, weights.branch):
+            return weights, native.NativeWork(self.spec, weights, x, self.masks, observer)
+        return weights, TorchWork(self.spec, weights, norms_of(self.spec, weights.blocks, self.moments, self.fixed), self.masks, observer)
 
 
 def backward_of(ctx: Any, stream: torch.dtype, x: Tensor, observer: BlockObserver | None) -> tuple[dict[str, Tensor], Weights, Any]:
@@ -53,6 +69,5 @@ def backward_of(ctx: Any, stream: torch.dtype, x: Tensor, observer: BlockObserve
     if ctx.spent:
         raise RuntimeError("second backward through one forward pass: a BlockStack frees its activations as it goes; run the forward pass again")
     ctx.spent = True
-    named = dict(zip(ctx.spec.shapes(), ctx.saved_tensors, strict=False))
-    weights = Weights(ctx.spec, named, stream, ctx.branch, ctx.passing)
-    return named, weights, work_of(ctx.kernel, ctx.spec, weights, x, ctx.moments, ctx.fixed, ctx.masks, observer)
+    named = dict(zip(ctx.run.spec.shapes(), ctx.saved_tensors, strict=False))
+    return named, *ctx.run.begin(named, stream, x, observer)
