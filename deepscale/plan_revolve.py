@@ -16,7 +16,7 @@ from deepscale.config import AUTO, Config
 from deepscale.machine import Machine
 from deepscale.models.revolve import fewest_slots, runs
 from deepscale.plan_memory import fits, memory_of
-from deepscale.plan_network import images_of, needs_of, stages_of
+from deepscale.plan_network import Stage, images_of, needs_of, stages_of
 
 SEGMENTS = (1, 2, 4, 8, 16)
 AGAIN = 2  # most runs forward of a block beside that of its segment: more saves little, since then a segment takes more than the slots
@@ -87,12 +87,18 @@ def _with_slots(config: Config, machine: Machine, shape: dict[str, int], shares:
 
 
 def _shares(config: Config, ranks: int, shape: dict[str, int]) -> list[Share]:
-    segment, images = int(config.engine.segment or 1), images_of(config, ranks, **shape)
-    stages, shares = stages_of(config, images), []
-    for stage, need in zip(stages, needs_of(config.replace(activations="recompute", slots=None), stages, images), strict=True):
+    images = images_of(config, ranks, **shape)
+    stages = stages_of(config, images)
+    needs = needs_of(config.replace(activations="recompute", slots=None), stages, images)
+    return shares_of(stages, int(config.engine.segment or 1), [need.segment + need.work for need in needs])
+
+
+def shares_of(stages: Sequence[Stage], segment: int, work: Sequence[int]) -> list[Share]:
+    """The stages in segments, with what else their backward takes."""
+    shares = []
+    for stage, own in zip(stages, work, strict=True):
         units = Recompute(segment).segments(stage.stacks)
-        flops = stage.block.forward * sum(stage.stacks) / units
-        shares.append(Share(units, stage.block.input, need.segment + need.work, flops, fewest_slots(units, AGAIN)))
+        shares.append(Share(units, stage.block.input, own, stage.block.forward * sum(stage.stacks) / units, fewest_slots(units, AGAIN)))
     return shares
 
 

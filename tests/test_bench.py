@@ -1,6 +1,7 @@
 """Benches: the arithmetic of their tables, processes that fail, and each of them once at tiny sizes."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, start, step, sweep, worker, zero3
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, revolve, start, step, sweep, worker, zero3
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -488,3 +489,28 @@ def test_reversible_measures_bytes_time_and_errors(bench: Callable[..., Rows], t
     ):
         with pytest.raises(UsageError, match=sentence):
             main(["reversible", "--merge", *arguments])
+
+
+def test_revolve_measures_bytes_and_time(bench: Callable[..., Rows], tmp_path: Path) -> None:
+    """Of 110 layers: fewer slots keep less and take more FLOPs, and the page holds every row and the formulas' tables."""
+    page = tmp_path / "page.md"
+    sizes = ("--depths", "110", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--kernel", "torch")
+    rows = {what: row["median"] for what, row in bench("revolve", *sizes, "--page", str(page)).items()}
+    kept = [value for what, value in rows.items() if what.startswith("kept after forward")]
+    assert kept[0] > kept[2] > kept[3]  # two levels, three runs
+    flops = [value for what, value in rows.items() if what.startswith("FLOPs")]
+    assert 1.0 < flops[1] < flops[2]
+    text = page.read_text()
+    assert all(f"| {what} " in text for what in rows) and f"deepscale bench revolve {' '.join(sizes)}" in text
+    page.unlink()
+    main(["revolve", "--merge", str(tmp_path / "numbers.json"), "--page", str(page)])
+    assert page.read_text() == text
+    with pytest.raises(UsageError, match="is no file of deepscale bench revolve"):
+        main(["revolve", "--merge", str(page), "--page", str(page)])
+
+
+def test_two_levels_grow_as_the_cube_root_of_depth() -> None:
+    """By formula, from 10,001 to 1,000,000 layers: inputs of segments that are all kept grow as the square root at best."""
+    table = [[float(cell.replace(",", "")) for cell in row] for row in revolve.growth(8, 64)[1:]]
+    one, two = (math.log(table[3][i] / table[1][i], 100) for i in (2, 3))
+    assert one == pytest.approx(1 / 2, abs=0.03) and two == pytest.approx(1 / 3, abs=0.03)

@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|activations|reversible|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|plan|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|reversible|revolve|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|plan|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -28,6 +28,7 @@ BENCHES = {
     "memory": "peak memory of training 10,001 layers, and the activations that recomputation leaves",
     "activations": "every activation policy: time of a step, FLOPs, bytes kept, loss and gradients against keeping all",
     "reversible": "reversible blocks beside recomputed ones: bytes kept, time of a step, and errors of reconstruction",
+    "revolve": "inputs in few slots beside all inputs kept: bytes, FLOPs and time, and the schedule for given bytes",
     "depth": "how deep each activation policy trains within a limit of memory, against the plain network",
     "growth": "start, step time and memory from 26 to 10,001 layers, and their exponents",
     "scaling": "strong and weak scaling over ranks and ZeRO stages: speed, bytes sent, memory, communication",
