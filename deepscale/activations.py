@@ -283,6 +283,14 @@ class Revolve(Recompute):
         """(blocks that run forward again to reach inputs, how many of them in a stack that then is called again and folds its weights)."""
         return _advanced(self.segment, self.slots_of(stacks), tuple(stacks))
 
+    def called(self, stacks: Sequence[int]) -> list[list[int]]:
+        """Of each stack, the stacks that its backward calls to run forward again, in order."""
+        owner = [own for own, n in enumerate(stacks) for _ in range(0, n, self.segment)]
+        found: list[list[int]] = [[] for _ in stacks]
+        for begin, unit in spans(len(owner), self.slots_of(stacks)):
+            found[owner[unit]] += range(owner[begin], owner[unit])
+        return found
+
 
 @functools.lru_cache(maxsize=256)
 def _advanced(segment: int, slots: int, stacks: tuple[int, ...]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deepscale.activations import Revolve, policy_of
 from deepscale.config import Config, ModelConfig
 from deepscale.depth import STAGES
 from deepscale.engine_config import zero_section
@@ -52,8 +53,22 @@ def gathered_elements(config: Config, ranks: int, channels: int, classes: int) -
     forward: list[Tensors] = [(), *(module for group in groups for module in group)]
     numbers = iter(range(1, len(forward)))
     numbered = [[next(numbers) for _ in group] for group in groups]
-    backward = [0, *(i for group in reversed(numbered) for i in (group[0], *reversed(group[1:])))]
+    called = _called(config, [group[0] for group in numbered if len(group) == 1])
+    backward = [0, *(i for group in reversed(numbered) for i in (group[0], *reversed(group[1:]), *called.get(group[0], ())))]
     return _follow(forward, [*range(len(forward)), *backward], Sizes(*(int(zero[f"stage3_{name}"]) for name in names)), ranks)
+
+
+def _called(config: Config, stacks: Sequence[int]) -> dict[int, list[int]]:
+    """By its number, the stacks that a stack's backward runs forward again."""
+    if config.engine.activations != "revolve":
+        return {}
+    left = iter(stacks)
+    called: dict[int, list[int]] = {}
+    for s, sizes in enumerate(stack_blocks(config.model.stage_blocks, config.engine.stack_size)):
+        numbers, policy = [next(left) for _ in sizes], policy_of(config).at(s)
+        assert isinstance(policy, Revolve)
+        called |= {number: [numbers[own] for own in found] for number, found in zip(numbers, policy.called(sizes), strict=True)}
+    return called
 
 
 def _groups(config: Config, channels: int, classes: int) -> Iterator[tuple[Tensors, ...]]:
