@@ -10,7 +10,7 @@ weights gathered in float32 at every precision. Per optimiser step of a micro ba
 | ZeRO 0, plain torch | all-reduce of 4 P | |
 | ZeRO 1 | all-reduce of 4 P | gather of 4 P |
 | ZeRO 2 | a times all-reduce of 4 P | gather of 4 P |
-| ZeRO 3 | a times reduce-scatter of 4 P | a times gather of up to 8 P (plan_gather.py) |
+| ZeRO 3 | a times reduce-scatter of 4 P | a times gather of up to 8 P, and of what `revolve` runs forward again (plan_gather.py) |
 
 So at a = 1 a rank sends (n - 1)/n of 8 P, 12 P, 12 P and up to 12 P bytes. ZeRO 1 and 2 do not reduce and scatter: DeepSpeed averages a bucket on all
 ranks, and each keeps its own part. gloo, the CPU's backend, has no reduce-scatter of its own and sends an all-reduce's bytes for it: up to 16 P.

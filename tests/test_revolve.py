@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from deepscale.activations import Block, KeepAll, Policy, Revolve
 from deepscale.bench.kept import Alive
+from deepscale.config import Config
+from deepscale.machine import Machine
 from deepscale.models.block import TorchWork
 from deepscale.models.observe import BlockObserver
 from deepscale.models.revolve import Schedule, fewest_slots, repeats, runs, spans
 from deepscale.models.stack import BlockStack
+from deepscale.plan import settled
+from deepscale.plan_choices import choose, preferred
+from deepscale.plan_memory import fits, memory_of
+from deepscale.plan_network import flops_of
 from deepscale.plan_revolve import Share, best_slots, peak_of
 
 # ---------------------------------------------------------------------------------------------------------------- schedule
@@ -204,3 +210,19 @@ def test_the_stages_share_the_bytes_at_the_least_cost() -> None:
         assert peak_of(shares, found) <= budget
         assert cost(found) == min(cost(slots) for slots in every if peak_of(shares, slots) <= budget)
     assert best_slots(shares, 10) == (3, 3, 3)
+
+
+def test_it_is_chosen_where_nothing_faster_fits() -> None:
+    """With less and less memory of a CPU: it is never taken where another fits, always where it alone fits, and then runs more and more again."""
+    asked = Config().replace(depth=10_001, width=8, patch_size=1, batch_size=64, engine="torch", kernel="native", device="cpu", eval_images=8)
+    shape, again = {"channels": 3, "image_size": 32, "classes": 10}, []
+    for gb in (40.0, 10.0, 2.0, 1.3, 1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.3):
+        machine = Machine("cpu", int(gb * 1e9), int(gb * 1e9), False, 1)
+        settings = settled(asked, machine)
+        found = choose(settings, machine, **shape)
+        others = [choice.apply(settings) for choice in preferred(settings, machine) if choice.activations != "revolve"]
+        faster = [other for other in others if fits(memory_of(other, 1, **shape), machine)]
+        assert (found.engine.activations == "revolve") is not bool(faster)
+        if not faster and fits(memory_of(found, 1, **shape), machine):
+            again.append(flops_of(found, 1, **shape).again)
+    assert len(again) > 2 and again == sorted(again) and again[0] < again[-1]
