@@ -10,6 +10,7 @@ from deepscale.bench.options import Options, say
 from deepscale.bench.report import GB, Goal, Report, Row, write_json
 from deepscale.bench.report import number as digits
 from deepscale.bench.worker import run_ranks, run_worker
+from deepscale.config import IN_SEGMENTS
 from deepscale.errors import UsageError
 from deepscale.parsing import parse_count
 
@@ -36,7 +37,8 @@ class Case:
         """Settings by their flat names; nothing of weight is left open."""
         values: dict[str, Any] = {"depth": self.depth, "width": self.width, "patch_size": self.patch, "batch_size": self.batch}
         values |= {"activations": self.activations, "max_steps": STEPS, "eval_images": self.evaluated, "kernel": self.kernel, "precision": "fp32"}
-        values |= {"segment": 4} if self.activations in ("recompute", "offload") else {}
+        values |= {"segment": 4} if self.activations in IN_SEGMENTS else {}
+        values |= {"slots": 16} if self.activations == "revolve" else {}
         if self.engine == "torch":
             return values | {"engine": "torch"}
         zero, _, offload = self.engine.partition("+")
@@ -70,6 +72,8 @@ CASES = (
     Case(1004, 24, 4, 32, "zero1", "recompute", ranks=2),
     Case(1004, 24, 4, 32, "zero2", "keep", ranks=2),
     Case(1004, 24, 4, 32, "zero3", "recompute", ranks=2),
+    Case(1004, 16, 4, 64, "zero0", "revolve"),
+    Case(1004, 8, 1, 64, "torch", "revolve", evaluated=8),
 )
 
 
