@@ -22,7 +22,7 @@ from deepscale.bench.options import Options, say, settings_of
 from deepscale.bench.report import GB, Report, Row, check_writable, markdown, number, ratio, write_text
 from deepscale.depth import blocks_for_depth, depth_of_blocks
 from deepscale.errors import UsageError
-from deepscale.models.convnext import smallest_segment
+from deepscale.models.convnext import default_stack_size, smallest_segment
 from deepscale.models.revolve import fewest_slots, runs
 from deepscale.parsing import parse_depth
 from deepscale.plan_choices import FAST_SEGMENT
@@ -83,11 +83,11 @@ def _merge(files: list[Path], out: Path | None) -> None:
 
 def _ways(depth: int) -> dict[str, Policy]:
     """What is compared: the first one is what the others are held against."""
-    stages, least = blocks_for_depth(depth), smallest_segment(blocks_for_depth(depth))
+    stages = blocks_for_depth(depth)
     thrice = tuple(fewest_slots(-(-blocks // FAST_SEGMENT), 2) for blocks in stages)
     return {
         f"recompute by {FAST_SEGMENT}": Recompute(FAST_SEGMENT),
-        f"recompute by {least}": Recompute(least),
+        "recompute by stack": Recompute(max(default_stack_size(stages))),
         f"revolve by {FAST_SEGMENT}, two levels": Revolve(FAST_SEGMENT),
         f"revolve by {FAST_SEGMENT}, up to three runs": Revolve(FAST_SEGMENT, thrice),
     }
@@ -125,11 +125,11 @@ def _compare(values: argparse.Namespace, depth: int, report: Report) -> None:
 def growth(width: int, batch: int) -> list[list[str]]:
     """Bytes of activations that are there at a time, by depth, of each kind of schedule, by formula."""
     table = [
-        ["layers", "recompute by 4, MB", "recompute by sqrt(blocks / 10)", "revolve, two levels, best segment", "up to three runs, best segment"]
+        ["layers", "recompute by 4, MB", "by stack", "by sqrt(blocks / 10)", "revolve, two levels, best segment", "up to three runs, best segment"]
     ]
     for depth in GROWTH:
         blocks = blocks_for_depth(depth)
-        row = [_peak(depth, width, batch, segment, None) for segment in (FAST_SEGMENT, smallest_segment(blocks))]
+        row = [_peak(depth, width, batch, segment, None) for segment in (FAST_SEGMENT, max(default_stack_size(blocks)), smallest_segment(blocks))]
         row += [min(_peak(depth, width, batch, segment, again) for segment in SEGMENTS) for again in (1, 2)]
         table.append([f"{depth:,}", *(number(value / 1e6) for value in row)])
     return table
