@@ -175,6 +175,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         fit = loop.Fit(loop.Run(settings, place, model, engine, run.feeds, tracker, screen, records, asked_to_end, saving))
         if resumed is not None:
             go_on(fit, resumed, store)
+        started = watchdog.age_s()
         try:
             result = fit()
         finally:  # also of a run that stopped: there they are wanted most
@@ -187,10 +188,11 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
                 checkpoints.save(Path(settings.checkpoint.checkpoint_dir), state, settings, info, fit.eval_limit)
         peak = memory.peak_bytes(place.device)
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
+        rows |= {"start": f"{progress.seconds(started)} from the process's start to the first step"} if started is not None else {}
         if place.stages > 1:
             rows |= stage_rows(settings, info, place, place.gather(max(0, peak - base)))
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
-        tracker.log(memory_metrics | {"perf/seconds": result.seconds}, result.steps)
+        tracker.log(memory_metrics | {"perf/seconds": result.seconds} | ({"perf/start_s": started} if started is not None else {}), result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
     if saving is not None:  # after the record is closed: what says that nothing is left to do must be the last that is done
         if saving.marks:

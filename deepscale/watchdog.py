@@ -238,3 +238,11 @@ def born(process: int) -> str | None:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
+
+
+def age_s() -> float | None:
+    """Seconds since this process was started, before Python was there; None where that is not known."""
+    ticks = born(os.getpid())
+    if ticks is None:
+        return None
+    return float(Path("/proc/uptime").read_text().split()[0]) - int(ticks) / os.sysconf("SC_CLK_TCK")

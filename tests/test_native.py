@@ -198,15 +198,15 @@ def test_a_pass_repeats_bit_for_bit(threads: int) -> None:
             assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("policy", [KEEP, Recompute(2), Selective()])
+@pytest.mark.parametrize(("policy", "blocks"), [(KEEP, 3), (KEEP, 1), (Recompute(2), 3), (Selective(), 3)])
 @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
-def test_an_observed_pass_is_an_unobserved_one_and_sees_what_torch_sees(activation: str, policy: Policy) -> None:
+def test_an_observed_pass_is_an_unobserved_one_and_sees_what_torch_sees(activation: str, policy: Policy, blocks: int) -> None:
     x = images(5, 8, 6, 6, dtype=torch.float32)
     seen = []
     for name in ("native", "torch"):
-        stack = stack_of(8, policy=policy, dtype=torch.float32, activation=activation, rates=(0.2, 0.2, 0.2))
+        stack = stack_of(8, blocks, policy=policy, dtype=torch.float32, activation=activation, rates=(0.2,) * blocks)
         before = passed(stack, x, name)
-        stack.observer = BlockObserver(3, 32, torch.device("cpu"))
+        stack.observer = BlockObserver(blocks, 32, torch.device("cpu"))
         after = passed(stack, x, name)
         assert all(torch.equal(before[key], after[key]) for key in before)
         seen.append(stack.observer.statistics())

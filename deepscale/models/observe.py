@@ -83,8 +83,8 @@ class BlockObserver:
         at, numbers, rows = zip(*self._measured, strict=True)
         together = torch.stack(numbers)  # (passes, 3 + units)
         self._add(at, together[:, 0].square()[None], self.sums[4:5])
-        later = [place for place, i in enumerate(at) if i]
-        self._add_outputs(tuple(at[place] - 1 for place in later), together[later, 1], together[later, 2])
+        later = torch.tensor([i > 0 for i in at], device=together.device)  # the first block has none before it
+        self._add_outputs(tuple(i - 1 for i in at if i), together[later, 1], together[later, 2])
         if self.activations:
             self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
             self._add(at, together[:, 3:].T, self.saturated.T)
@@ -93,7 +93,7 @@ class BlockObserver:
         self._add(at, torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]), self.sums[:4])
 
     def _add(self, at: tuple[int, ...], values: Tensor, into: Tensor) -> None:
-        into.index_add_(1, torch.tensor(at, device=self.device), values.to(self.device))
+        into.index_add_(1, torch.tensor(at, dtype=torch.int64, device=self.device), values.to(self.device))
 
     def statistics(self) -> dict[str, Tensor]:
         """(n,) each: mean and standard deviation of x, norm of its gradient, shares of saturated outputs and of dead units."""

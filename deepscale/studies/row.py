@@ -205,7 +205,7 @@ def _recorded(job: Job) -> dict[str, Any]:
         if len(job.phases) > 1:
             took += found["numbers"].get(SECONDS) or 0.0
             numbers |= {f"{phase.name}: {name}": value for name, value in found["numbers"].items() if name in job.metrics} | {SECONDS: took}
-    own = {name: float(found["settings"][name]) for name in ("parameters", "built_depth") if name in found["settings"]}
+    own = {name: float(found["settings"][name]) for name in ("parameters", "built_depth", "planned_memory_bytes") if name in found["settings"]}
     found |= {"numbers": own | found["numbers"] | numbers, "curves": {name: rows.points(_few(points)) for name, points in curves.items()}}
     record = reader.artifact(run, FILE) if job.profiles else None
     if record is not None:

@@ -24,7 +24,22 @@ from deepscale.sweeps.means import OverSeeds
 from deepscale.sweeps.tags import FINISHED, NON_FINITE, STOPPED_EARLY
 
 # Studies in the order in which they are listed; each is the `STUDY` of the module of its name.
-STUDIES = ("toy", "depth", "components", "layerscale", "limit", "vgg", "mlp", "plain", "paired", "normfree", "dropped", "used", "reversible")
+STUDIES = (
+    "toy",
+    "depth",
+    "components",
+    "layerscale",
+    "limit",
+    "vgg",
+    "mlp",
+    "plain",
+    "paired",
+    "normfree",
+    "dropped",
+    "used",
+    "reversible",
+    "frontier",
+)
 SMOKE, CPU, FULL = SCALES = ("smoke", "cpu", "full")
 ACCURACY = "val/accuracy"
 # Of smoke scale: a ConvNeXt of a few small steps.
