@@ -190,7 +190,7 @@ def train(run: Prepared, screen: progress.Progress, asked_to_end: stop.Stop) -> 
         rows = summary(settings, run.plan, info, result, peak, base) | flow_rows
         rows |= {"start": f"{progress.seconds(started)} from the process's start to the first step"} if started is not None else {}
         if place.stages > 1:
-            rows |= stage_rows(settings, info, place, place.gather(max(0, peak - base)))
+            rows |= stage_rows(run.plan, info, place, place.gather(max(0, peak - base)))
         memory_metrics = {"perf/peak_memory_bytes": peak, "perf/peak_memory_over_start_bytes": max(0, peak - base)}
         tracker.log(memory_metrics | {"perf/seconds": result.seconds} | ({"perf/start_s": started} if started is not None else {}), result.steps)
         tracker.text("summary.json", json.dumps(rows, indent=2))
@@ -346,14 +346,15 @@ def summary(settings: Config, planned: plan.Plan, info: DatasetInfo, result: loo
     }
 
 
-def stage_rows(settings: Config, info: DatasetInfo, place: world.World, grown: Sequence[int]) -> dict[str, str]:
+def stage_rows(planned: plan.Plan, info: DatasetInfo, place: world.World, grown: Sequence[int]) -> dict[str, str]:
     """The rows of a pipeline's stages; `grown`: bytes over the start, of each rank."""
-    planned = memories_of(settings, place.size, info.channels, info.image_size, info.classes)
+    memories = memories_of(planned.config, place.size, info.channels, info.image_size, info.classes)
+    copies = [plan.COPIED * memory.parameters // place.data_size if planned.copy else 0 for memory in memories]
     peaks = [max(grown[i * place.data_size : (i + 1) * place.data_size]) for i in range(place.stages)]
-    found = zip(planned, peaks, strict=True)
+    found = ((memory.parameters, memory.total + copy, peak) for memory, copy, peak in zip(memories, copies, peaks, strict=True))
     return {
-        f"stage {i}": f"{memory.parameters:,} parameters, peak {progress.gib(peak)} over the start, where {progress.gib(memory.total)} were planned"
-        for i, (memory, peak) in enumerate(found, 1)
+        f"stage {i}": f"{parameters:,} parameters, peak {progress.gib(peak)} over the start, where {progress.gib(expected)} were planned"
+        for i, (parameters, expected, peak) in enumerate(found, 1)
     }
 
 
