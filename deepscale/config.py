@@ -240,7 +240,10 @@ class EngineConfig(_Checked):
 
     engine: str = _option("deepspeed", "deepspeed, or torch for the same loop without it", one_of(("deepspeed", "torch")))
     zero: int | Auto = _option(AUTO, "DeepSpeed's ZeRO stage: 0, 1, 2 or 3", _auto(integer(0, 3)))
-    offload: str = _option(AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu", one_of(("auto", "none", "cpu", "nvme")))
+    offload: str = _option(
+        AUTO, "where optimiser (ZeRO 1-3) and parameters (ZeRO-3) rest: none, cpu, nvme (a disk)", one_of(("auto", "none", "cpu", "nvme"))
+    )
+    nvme_path: str | None = _option(None, "folder on a local disk for --offload nvme; none: none", or_word("none", str, None))
     deepspeed_config: str | None = _option(None, "a DeepSpeed configuration file instead of the ones in ds_configs/")
     pipeline_stages: int = _option(
         1, "parts that the depth is cut into, each on ranks of its own, as many as divide the number of ranks; 1: every rank has all", integer(1)

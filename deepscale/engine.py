@@ -5,12 +5,13 @@ backward of a step: averaged over ranks, over the whole accumulated batch, befor
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from deepscale import engine_config, engine_states
 from deepscale.config import Config
 from deepscale.engine_states import Held
 from deepscale.models.components import LOW_PRECISION
+from deepscale.nvme import states, transfer
+from deepscale.nvme.folder import own_folder
+from deepscale.nvme.states import Swapped
 from deepscale.optim import build_optimizer
 from deepscale.world import World
 
@@ -34,6 +38,7 @@ class Share(NamedTuple):
     start: int
     gradient: Tensor  # (k,)
     weight: Tensor  # (k,), the memory that the step changes, perhaps on another device than the gradient
+    again: Callable[[], Tensor] | None = None  # where the weight is a copy of what rests on a disk: reads it anew
 
 
 def replicated(parameter: nn.Parameter, rank: int = 0, size: int = 1) -> Share:
@@ -200,18 +205,23 @@ class DeepSpeedEngine:
         engine_config.refuse_unknown(self.settings, engine_config.path_of(config))
         zero = self.settings["zero_optimization"]
         self.cut_up, offloaded = zero.get("stage") == 3, "offload_optimizer" in zero
+        if config.engine.offload == "nvme":
+            _rest_on_disk(zero)
         self.optimizer = build_optimizer(module, config.recipe, cpu_adam and offloaded)
         with quiet(config.engine.verbose):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=self.settings)
         if world.size == 1 and zero.get("stage") == 0:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients together and apart again, to average them over one rank
         self.module = module
+        self.swapped = Swapped(self.engine.optimizer) if getattr(self.engine.optimizer, "swap_optimizer", False) else None
         self.z0_scaler = self.engine.torch_autocast_z0_gradscaler
         own = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
         self.scale = LossScale(self.engine.optimizer) if own is not None else None
         self.world = world
 
     def forward(self, images: Tensor, last: bool = True) -> Tensor:
+        if self.swapped is not None:
+            self.swapped.leave()
         logits: Tensor = self.engine(images)
         if self.cut_up and not torch.is_grad_enabled():
             # ZeRO-3 has gathered ahead for a backward pass that does not come, and would forget that these parameters are there.
@@ -226,26 +236,33 @@ class DeepSpeedEngine:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         from deepspeed.utils import safe_get_full_grad
 
-        gradient: Tensor | None = safe_get_full_grad(parameter)
+        gradient: Tensor | None
+        if self.swapped is not None and hasattr(parameter, "ds_id"):
+            gradient = self.swapped.whole_gradient(parameter)
+        else:
+            gradient = safe_get_full_grad(parameter)
         return None if gradient is None else self._unscaled(gradient)
 
     def share(self, parameter: nn.Parameter) -> Share:
         if hasattr(parameter, "ds_id"):
-            start, gradient, weight = _zero3_share(parameter, self.world.rank)
+            own = _zero3_share(parameter, self.world.rank)
         elif hasattr(parameter, "_hp_mapping"):
-            start, gradient, weight = _zero12_share(parameter)
+            own = _zero12_share(parameter)
         else:
-            start, gradient, weight = replicated(parameter, self.world.data_rank, self.world.data_size)
-        return Share(start, self._unscaled(gradient), weight)
+            own = replicated(parameter, self.world.data_rank, self.world.data_size)
+        return own._replace(gradient=self._unscaled(own.gradient))
 
     def held(self, parameter: nn.Parameter) -> Held:
         if hasattr(parameter, "ds_id"):
-            return engine_states.zero3(parameter, self.world.rank)
+            changed = self.swapped.bring(parameter) if self.swapped is not None else None
+            return engine_states.zero3(parameter, self.world.rank, changed)
         if hasattr(parameter, "_hp_mapping"):
             return engine_states.zero12(parameter, self.engine.optimizer)
         return engine_states.replicated(parameter, self.optimizer)
 
     def restored(self, scale: LossScaleState | None) -> None:
+        if self.swapped is not None:
+            self.swapped.leave()
         if self.cut_up:
             # What is gathered now holds the old values; small parameters that a file keeps gathered are gathered again.
             self.engine.optimizer.checkpoint_event_prologue()
@@ -291,8 +308,20 @@ def _zero3_share(parameter: Any, rank: int) -> Share:
     piece = parameter.ds_tensor.ds_numel
     start = min(rank * piece, parameter.ds_numel)
     numel = min(piece, parameter.ds_numel - start)
-    gradient = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter).reshape(-1)[:numel]
-    return Share(start, gradient, parameter.ds_tensor.detach().reshape(-1)[:numel])
+    zero = parameter._z3_optimizer
+    gradient = states.gradient(parameter) if zero.swap_optimizer else zero.get_local_fp32_grad_for_param(parameter)
+    again = functools.partial(states.weight, parameter, numel) if states.on_disk(parameter) else None
+    weight = again() if again else parameter.ds_tensor.detach().reshape(-1)[:numel]
+    return Share(start, gradient.reshape(-1)[:numel], weight, again)
+
+
+def _rest_on_disk(zero: dict[str, Any]) -> None:
+    """Makes DeepSpeed move what rests on the disk by our own reads and writes, to a folder of this rank's."""
+    transfer.install()
+    sections = [zero[key] for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "nvme"]
+    own = str(own_folder(sections[0]["nvme_path"]))
+    for section in sections:
+        section["nvme_path"] = own
 
 
 def preload(config: Config) -> None:

@@ -41,19 +41,23 @@ SCALARS = (
 Settings = dict[str, Any]
 # Elements, where a file does not say: DeepSpeed 0.19.8's own.
 DEFAULTS = {
+    "sub_group_size": 1_000_000_000,
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
     "stage3_param_persistence_threshold": 100_000,
 }
+ON_DISK = 2**18  # elements, 1 MiB: smaller parts of a parameter DeepSpeed leaves in memory
+SUB_GROUP = 2**20  # elements: 4 MiB a file, which disks read and write as fast as longer ones
 SMALLEST_BUCKET = 2**20  # elements: below, averaging gradients in more parts saves no memory worth having
 
 
 def path_of(config: Config) -> Path:
     """The user's file, or the one of ds_configs/ for the planned stage."""
     given = config.engine.deepspeed_config
-    return Path(given) if given else ds_config_path(f"zero{config.engine.zero}")
+    name = "zero3_nvme" if config.engine.offload == "nvme" else f"zero{config.engine.zero}"
+    return Path(given) if given else ds_config_path(name)
 
 
 def read(path: Path) -> Settings:
@@ -100,27 +104,18 @@ def refuse_unknown(settings: Settings, path: Path) -> None:
 
 
 def offload_of(settings: Settings, path: Path) -> str:
-    """ "auto", "none" or "cpu": where a file's optimiser (and ZeRO-3 parameters) rest. NVMe is refused."""
+    """ "auto", "none", "cpu" or "nvme": where a file's optimiser (and ZeRO-3 parameters) rest, the slower of both. Raises UsageError."""
     zero = settings.get("zero_optimization", {})
-    devices = {str(zero[key].get("device", "none")) for key in ("offload_optimizer", "offload_param") if zero.get(key)}
-    if "nvme" in devices:
-        refuse_nvme(f"{path} offloads to NVMe")
-    return "cpu" if "cpu" in devices else ("auto" if "auto" in devices else "none")
-
-
-def refuse_nvme(given: str) -> None:
-    """NVMe offload needs libaio, and even with it DeepSpeed 0.19.8 computes wrong gradients without an error."""
-    raise UsageError(
-        f"{given}, which needs libaio (Debian: libaio-dev) and with it trains wrong: DeepSpeed 0.19.8 gives tensors over 1 MB wrong "
-        f"gradients without an error; type --offload cpu"
-    )
+    optimizer, parameters = (str(zero.get(key, {}).get("device", "none")) for key in ("offload_optimizer", "offload_param"))
+    devices = {optimizer, parameters}
+    if parameters == "nvme" != optimizer:
+        raise UsageError(f'{path} rests parameters on a disk, and the optimiser not; write the same in offload_optimizer, or "cpu" in offload_param')
+    return next((place for place in ("nvme", "cpu", "auto") if place in devices), "none")
 
 
 def stage_and_offload(config: Config) -> tuple[int | str, str]:
     """What command and file together say about ZeRO: (stage or "auto", offload or "auto"). Raises UsageError where they differ."""
     stage, offload = config.engine.zero, config.engine.offload
-    if offload == "nvme":
-        refuse_nvme("--offload nvme was given")
     if config.engine.deepspeed_config is not None:
         path = Path(config.engine.deepspeed_config)
         settings = read(path)
@@ -130,10 +125,20 @@ def stage_and_offload(config: Config) -> tuple[int | str, str]:
         if own_offload != AUTO and offload not in (AUTO, own_offload):
             raise UsageError(f"{path} offloads to {own_offload}, the command says --offload {offload}; leave --offload out or change the file")
         stage, offload = own_stage, (own_offload if own_offload != AUTO else offload)
-    if offload == "cpu" and config.recipe.optimizer == "sgd":
-        raise UsageError("--offload cpu is for --optimizer adamw or adam, which DeepSpeed steps on the CPU, and sgd was given; type --offload none")
+    if offload in ("cpu", "nvme") and config.recipe.optimizer == "sgd":
+        raise UsageError(
+            f"--offload {offload} is for --optimizer adamw or adam, which DeepSpeed steps on the CPU, and sgd was given; type --offload none"
+        )
     if stage == 0 and offload == "cpu":
         raise UsageError("--offload cpu needs ZeRO stage 1, 2 or 3, and stage 0 was given; type --zero 2")
+    if offload == "nvme":
+        if config.engine.engine == "deepspeed" and stage not in (AUTO, 3):
+            raise UsageError(f"--offload nvme needs ZeRO stage 3, and stage {stage} was given; type --zero 3, or --offload cpu")
+        return 3, offload
+    if config.engine.nvme_path is not None:
+        raise UsageError(
+            f"--nvme-path {config.engine.nvme_path} is for --offload nvme, and the offload is {offload}; type --offload nvme, or leave it out"
+        )
     return stage, offload
 
 
@@ -171,7 +176,9 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     _own(autocast, "enabled", engine.precision in DTYPES, "--precision", path, "torch_autocast.")
     _own(autocast, "dtype", DTYPES.get(engine.precision, "bfloat16"), "--precision", path, "torch_autocast.")
     autocast.setdefault("lower_precision_safe_modules", [])  # gradients are reduced in float32
-    settings["zero_optimization"] = zero = _filled(settings.get("zero_optimization", {"stage": 0}), config)
+    settings["zero_optimization"] = zero = _filled(settings.get("zero_optimization", {"stage": 0}), config, world_size)
+    if config.engine.offload == "nvme":
+        _check_nvme(zero, config, path)
     if "offload_optimizer" in zero and not cpu_adam:
         settings["zero_force_ds_cpu_optimizer"] = False
     settings.setdefault("zero_allow_untested_optimizer", True)
@@ -179,7 +186,7 @@ def resolve(config: Config, world_size: int, cpu_adam: bool) -> Settings:
     return settings
 
 
-def _filled(zero: Settings, config: Config) -> Settings:
+def _filled(zero: Settings, config: Config, ranks: int) -> Settings:
     """The ZeRO section with every "auto" replaced."""
     filled = dict(zero)
     for key in ("offload_optimizer", "offload_param"):
@@ -189,8 +196,58 @@ def _filled(zero: Settings, config: Config) -> Settings:
         if (config.engine.offload if device == AUTO else device) == "none":
             del filled[key]
     if AUTO in filled.values():
-        filled |= {key: value for key, value in _sizes(config).items() if filled.get(key) == AUTO}
+        filled |= {key: value for key, value in (_sizes(config) | {"sub_group_size": _sub_group(config, ranks)}).items() if filled.get(key) == AUTO}
+    for key, sizes in _nvme_sizes(config, ranks).items():
+        if filled.get(key, {}).get("device") == "nvme":
+            filled[key] = sizes | {name: value for name, value in filled[key].items() if value != AUTO}
     return filled
+
+
+def _nvme_sizes(config: Config, ranks: int) -> dict[str, Settings]:
+    """What "auto" stands for, or what is not said, in the sections of what rests on a disk; buffers in host memory, elements.
+
+    A step of Adam has four tensors of a sub-group in memory. Of the parameters those of two stacks may be there: the one in use, and the last
+    one of the forward pass, which stays for backward.
+    """
+    parts = _partitions(config, ranks)
+    together = max(sum(n >= ON_DISK for n in stack) for stack in parts)
+    largest = max(ON_DISK, *(max(stack) for stack in parts))
+    return {
+        "offload_optimizer": {"nvme_path": config.engine.nvme_path, "buffer_count": 4},
+        "offload_param": {"nvme_path": config.engine.nvme_path, "buffer_count": 2 * together + 2, "buffer_size": largest, "max_in_cpu": 0},
+    }
+
+
+def _check_nvme(zero: Settings, config: Config, path: Path) -> None:
+    """Raises UsageError for a file that DeepSpeed cannot rest states on a disk with."""
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            _own(zero[key], "nvme_path", config.engine.nvme_path, "--nvme-path", path, f"zero_optimization.{key}.")
+    if zero.get("offload_param", {}).get("device") == "nvme" and zero.get("stage3_prefetch_bucket_size", DEFAULTS["stage3_prefetch_bucket_size"]):
+        raise UsageError(
+            f"{path} gathers parameters ahead that rest on a disk, which DeepSpeed 0.19.8 loses count of at a step; "
+            f'write "stage3_prefetch_bucket_size": 0 there'
+        )
+
+
+def _partitions(config: Config, ranks: int) -> list[list[int]]:
+    """Elements of each rank's part of each parameter of each stack."""
+    return [[-(-n // ranks) for n in stack] for stack in _stacks(config)]
+
+
+def _sub_group(config: Config, ranks: int) -> int:
+    """Elements that an optimiser step on a disk moves together, of a rank."""
+    return max(SUB_GROUP, *(max(stack) for stack in _partitions(config, ranks)))
+
+
+def largest_part(config: Config, ranks: int) -> int:
+    """Elements of the largest part of a parameter that a rank has."""
+    return max(max(stack) for stack in _partitions(config, ranks))
+
+
+def on_disk(config: Config, ranks: int) -> int:
+    """Elements of a rank's parameters that are large enough for DeepSpeed to rest them on a disk."""
+    return sum(n for stack in _partitions(config, ranks) for n in stack if n >= ON_DISK)
 
 
 def _stacks(config: Config) -> list[list[int]]:
@@ -217,13 +274,13 @@ def _sizes(config: Config) -> dict[str, int]:
     }
 
 
-def zero_section(config: Config) -> Settings:
+def zero_section(config: Config, ranks: int = 1) -> Settings:
     """The filled ZeRO section of a planned run, with DeepSpeed's defaults for the sizes it does not give."""
-    return DEFAULTS | _filled(read(path_of(config)).get("zero_optimization", {"stage": 0}), config)
+    return DEFAULTS | _filled(read(path_of(config)).get("zero_optimization", {"stage": 0}), config, ranks)
 
 
 class Resting(NamedTuple):
-    """Where a run's states rest between their uses: "device" or "cpu". Gradients rest with the optimiser."""
+    """Where a run's states rest between their uses: "device", "cpu" or "nvme". Gradients rest with the optimiser, or on the CPU."""
 
     optimizer: str
     parameters: str
@@ -234,9 +291,8 @@ def resting(config: Config) -> Resting:
     if config.engine.engine == "torch" or config.engine.zero == 0:
         return Resting("device", "device")
     zero = zero_section(config)
-    offloaded = {key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "cpu"}
-    parameters = "cpu" if config.engine.zero == 3 and "offload_param" in offloaded else "device"
-    return Resting("cpu" if "offload_optimizer" in offloaded else "device", parameters)
+    optimizer, parameters = (zero.get(key, {}).get("device", "device") for key in ("offload_optimizer", "offload_param"))
+    return Resting(optimizer, parameters if config.engine.zero == 3 else "device")
 
 
 def gathered(config: Config, ranks: int) -> int:

@@ -1,5 +1,6 @@
 """Where an engine keeps what an optimiser step changes: the memory that a checkpoint is copied out of, and into."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ class Held(NamedTuple):
     it (`kinds_of`), float32 (k,).
 
     `forward` is what forward passes read, (start, elements), where that is other memory. `everywhere`: every rank holds the same.
+    `changed`: where the state rests on a disk, and is in memory until the next part is asked for: call it once weight or moments are written.
     """
 
     start: int
@@ -19,6 +21,7 @@ class Held(NamedTuple):
     moments: dict[str, Tensor]
     forward: tuple[int, Tensor] | None = None
     everywhere: bool = False
+    changed: Callable[[], None] | None = None
 
 
 def kinds_of(optimizer: Optimizer) -> tuple[str, ...]:
@@ -80,8 +83,8 @@ def zero12(parameter: Any, zero: Any) -> Held:
     return Held(mapping.lp_fragment_address.start, weight, own, forward=(0, whole))
 
 
-def zero3(parameter: Any, rank: int) -> Held:
-    """This rank's partition of a parameter that ZeRO-3 has cut up, without the padding of the last one."""
+def zero3(parameter: Any, rank: int, changed: Callable[[], None] | None = None) -> Held:
+    """This rank's partition of a parameter that ZeRO-3 has cut up, without the padding of the last one; `changed` as in Held."""
     zero, piece = parameter._z3_optimizer, parameter.ds_tensor.ds_numel
     start = min(rank * piece, parameter.ds_numel)
     numel = min(piece, parameter.ds_numel - start)
@@ -91,7 +94,8 @@ def zero3(parameter: Any, rank: int) -> Held:
     group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
     master = zero.fp32_partitioned_groups_flat[group]
     weight, own = _narrowed(zero.optimizer, master, offset, numel)
-    return Held(start, weight, own, forward=(start, parameter.ds_tensor.detach().view(-1)[:numel]))
+    forward = None if changed else (start, parameter.ds_tensor.detach().view(-1)[:numel])
+    return Held(start, weight, own, forward, changed=changed)
 
 
 def _narrowed(optimizer: Optimizer, master: Tensor, start: int, numel: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ Exit codes: 2 for bad input (`UsageError`), 3 for a loss that turned non-finite 
 pipe has gone, as shells count it.
 """
 
+import errno
 import functools
 import os
 import sys
@@ -49,6 +50,14 @@ class OutOfMemoryError(DeepscaleError):
     """Device or host had no more memory; the message says what was planned and what to switch on."""
 
     exit_code = 4
+
+
+class DiskError(DeepscaleError):
+    """A disk that states rest on (--offload nvme) did not take or give what it was asked to."""
+
+    def __init__(self, path: str, error: OSError) -> None:
+        full = " or ".join(["make room there"] * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) + ["type another --nvme-path"])
+        super().__init__(f"the disk with the states of --offload nvme failed: {path}: {error.strerror or error}; {full}, and --resume auto")
 
 
 class LostRankError(DeepscaleError):

@@ -119,7 +119,7 @@ def memory_advice(settings: Config, ranks: int) -> str:
         advice.append("--activations revolve")
     if engine.engine == "deepspeed" and ranks > 1 and engine.zero != 3:
         advice.append("--zero 3")
-    if engine.engine == "deepspeed" and engine.device == "cuda" and engine.offload != "cpu":
+    if engine.engine == "deepspeed" and engine.device == "cuda" and engine.offload == "none":
         advice.append("--zero 3 --offload cpu" if ranks == 1 else "--offload cpu")
     if micro > 1:
         advice.append(f"--accumulation {2 * settings.recipe.accumulation}")

@@ -104,7 +104,7 @@ def settled(config: Config, machine: Machine) -> Config:
     """Device, precision, ZeRO as far as they do not hang on sizes. Raises UsageError for settings that contradict each other."""
     stage, offload = stage_and_offload(config)
     if config.engine.engine == "torch":
-        if stage not in (AUTO, 0) or offload == "cpu" or config.engine.deepspeed_config:
+        if stage not in (AUTO, 0) or offload in ("cpu", "nvme") or config.engine.deepspeed_config:
             raise UsageError("--engine torch has no ZeRO, offload or DeepSpeed file; leave them out, or leave --engine torch out")
         stage, offload = 0, "none"
     precision = config.engine.precision
@@ -259,7 +259,11 @@ def _explain(chosen: Config, memory: Memory, machine: Machine, step_s: float | N
         lines.append(f"{sizes}: {why}")
     else:
         lines.append(f"{sizes}{': the largest that fits' if cut else ''}")
-    zero = "plain torch" if engine.engine == "torch" else f"ZeRO {engine.zero}" + (", offload to the CPU" if engine.offload == "cpu" else "")
+    zero = (
+        "plain torch"
+        if engine.engine == "torch"
+        else f"ZeRO {engine.zero}" + {"cpu": ", offload to the CPU", "nvme": ", offload to a disk"}.get(engine.offload, "")
+    )
     how = f"{machine.device} x {machine.ranks}, {engine.precision}, {zero}, {registry.MODELS[model.model].kept or KEPT[engine.activations]}"
     if engine.slots is not None:
         slots = engine.slots if isinstance(engine.slots, tuple) else (engine.slots,)

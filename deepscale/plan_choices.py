@@ -43,6 +43,8 @@ def placements(config: Config) -> list[tuple[int, str]]:
     stages = [stage for stage in possible if zero in (AUTO, stage)]
     if config.engine.pipeline_stages > 1:
         return [(stage, "none") for stage in stages]
+    if offload == "nvme":  # which nobody is given who has not asked for it
+        return [(3, "nvme")]
     return [(stage, place) for place in ("none", "cpu") for stage in stages if offload in (AUTO, place) and (stage, place) != (0, "cpu")]
 
 
@@ -73,7 +75,7 @@ def preferred(config: Config, machine: Machine) -> list[Choice]:
     worth = ALONE if data_ranks(config, machine.ranks) == 1 else SEVERAL
     choices = [Choice(*place, *policy) for place in placements(config) if engine.zero != AUTO or place in worth for policy in policies(config)]
     if cpu:  # there is nowhere else to offload to
-        choices = [c for c in choices if engine.offload == "cpu" or c.offload == "none"]
+        choices = [c for c in choices if c.offload in ("none", engine.offload)]
         choices = [c for c in choices if engine.activations == "offload" or c.activations != "offload"]
     if config.model.skip == "reversible" and engine.activations == AUTO:  # which nobody types for speed
         choices = [c for c in choices if c.activations == "reconstruct"]

@@ -18,8 +18,8 @@ class States:
 
     buffers: on the device for good, for communication. gathered: whole parameters at a time, and what else passing gradients take.
     arrived, stepping: besides, at the end of backward, and during the step. start: the peak of all while the engine is built.
-    holes: on a CPU, memory that the network's own tensors left. flat: whether they are flat buffers, not tensors of their own.
-    piled: gradients stay where backward made them until its end.
+    disk: in files on a disk. holes: on a CPU, memory that the network's own tensors left. flat: whether they are flat buffers, not tensors
+    of their own. piled: gradients stay where backward made them until its end.
     """
 
     weights: int = 0
@@ -33,6 +33,7 @@ class States:
     arrived: int = 0
     stepping: int = 0
     start: int = 0
+    disk: int = 0
     holes: int = 0
     flat: bool = True
     piled: bool = False
@@ -81,7 +82,28 @@ def _stage3(config: Config, whole: int, share: int, bucket: int, ranks: int) -> 
     rest = engine_config.resting(config)
     gathered = 4 * engine_config.gathered(config, ranks) + 2 * bucket
     holes = whole if ranks == 1 else 3 * whole // 2  # gathered parameters come and go as tensors of their own
+    if "nvme" in rest:
+        return _on_disk(config, rest, share, bucket, gathered, holes, ranks)
     weights, weights_host = (0, share) if rest.parameters == "cpu" else (share, 0)
     if rest.optimizer == "cpu":
         return States(weights, 0, 0, weights_host, 2 * share, 3 * share, buffers=bucket, gathered=gathered, holes=3 * whole // 2)
     return States(weights, share, 3 * share, weights_host, buffers=bucket, gathered=gathered, stepping=share, holes=holes)
+
+
+def _on_disk(config: Config, rest: engine_config.Resting, share: int, bucket: int, gathered: int, holes: int, ranks: int) -> States:
+    """Of the share: master copy, moments and a copy of large gradients in files, and, if they rest there, the large parameters.
+
+    In memory stay gradients, the parameters that are too small, and the buffers through which all goes.
+    """
+    zero = engine_config.zero_section(config, ranks)
+    large = 4 * engine_config.on_disk(config, ranks)
+    group = 4 * min(share // 4, int(zero["sub_group_size"]) + engine_config.largest_part(config, ranks))
+    buffers = int(zero["offload_optimizer"]["buffer_count"]) * group
+    weights, weights_host, disk = 0, share, 3 * share + large
+    if rest.parameters == "nvme":
+        section = zero["offload_param"]
+        weights_host, disk = share - large, disk + large
+        buffers += 4 * int(section["buffer_count"]) * int(section["buffer_size"]) + ranks * group
+    elif rest.parameters == "device":
+        weights, weights_host = share, 0
+    return States(weights, 0, 0, weights_host, share, buffers, buffers=bucket, gathered=gathered, disk=disk, holes=holes)

@@ -19,6 +19,7 @@ from deepscale.models import registry
 from deepscale.models.components import LOW_PRECISION
 from deepscale.models.convnext import Convolution, Head, block_spec, count_parameters, outer_norm
 from deepscale.models.stack import BlockStack
+from deepscale.nvme.traffic import disk_s
 from deepscale.optim import build_optimizer
 from deepscale.plan_counted import counted_flops
 from deepscale.plan_network import Images, Stage, data_ranks, stages_of
@@ -35,7 +36,7 @@ RATE_ELEMENTS = 2**23  # 32 MiB of float32: no cache holds them, and malloc give
 # and 10,001 in 551 against plain torch's (docs/findings.md).
 ENGINE = {
     (0, "none"): (1.4, 0.5e-4), (1, "none"): (1.0, 5e-4), (2, "none"): (1.0, 5.5e-4), (3, "none"): (1.8, 3.5e-4),
-    (1, "cpu"): (0.0, 7e-4), (2, "cpu"): (0.0, 7e-4), (3, "cpu"): (1.4, 6e-4),
+    (1, "cpu"): (0.0, 7e-4), (2, "cpu"): (0.0, 7e-4), (3, "cpu"): (1.4, 6e-4), (3, "nvme"): (1.4, 6e-4),
 }  # fmt: skip
 CPU_ADAM = 0.5  # of the time of ours: DeepSpeed's own optimiser, which steps what is offloaded, is compiled
 # Seconds for every parameter that averaging gradients and gathering weights take on CPU ranks of one machine, by ZeRO stage: two ranks over gloo.
@@ -134,14 +135,14 @@ def _update_s(config: Config, world: World, parameters: int, stacks: int) -> flo
     update, copy = _rates(world, torch.get_num_threads())
     ranks = data_ranks(config, world.size)
     share = parameters / ranks if config.engine.zero != 0 else parameters
-    seconds = update * share * (CPU_ADAM if config.engine.offload == "cpu" else 1.0)
+    seconds = update * share * (CPU_ADAM if config.engine.offload != "none" else 1.0)
     if ranks > 1 and world.device.type == "cpu":
         seconds += SENDING[int(config.engine.zero)] * parameters
     if config.engine.engine == "deepspeed":
         tensors = 9 * stacks + 20
         copies, tensor_s = ENGINE[int(config.engine.zero), config.engine.offload]
         copies = 0.0 if config.engine.zero == 0 and ranks == 1 else copies
-        seconds += copies * copy * share + tensor_s * tensors
+        seconds += copies * copy * share + tensor_s * tensors + disk_s(config, world.size, parameters)
     return seconds
 
 

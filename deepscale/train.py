@@ -47,6 +47,8 @@ from deepscale.models import freezing, registry
 from deepscale.models.convnext import use_kernel
 from deepscale.models.initial import seed_of
 from deepscale.models.network import Network
+from deepscale.nvme import folder
+from deepscale.nvme.ready import ready
 from deepscale.plan_memory import memories_of
 from deepscale.plan_network import EVALUATION_BATCH
 from deepscale.records import Records
@@ -119,6 +121,8 @@ def prepare(
     """
     asked, recorded = (asked, asked) if resumed is None else (resumed.settings, resumed.asked)
     _, offload = stage_and_offload(asked)  # a contradiction is refused before data are read or ops are built
+    if offload == "nvme" and asked.engine.engine == "deepspeed":
+        folder.check(asked.engine.nvme_path)
     source = load_source(asked.data, screen.say)
     info = source.info
     if resumed is not None:
@@ -134,6 +138,8 @@ def prepare(
     screen.say(f"asked for {recorded.model.depth:,} layers on {info.label}, seed {settings.recipe.seed}")
     for note in planned.notes:
         screen.say(note)
+    if offload == "nvme":
+        ready(settings, place, cpu_adam, planned.memory.states.disk, planned.memory.parameters, screen.say)
     feeds = open_feeds(
         source,
         settings.data,
@@ -294,7 +300,7 @@ def _prepare_ops(asked: Config, offload: str, screen: progress.Progress) -> bool
     """Builds DeepSpeed's CPU optimiser where offload may need it; whether it is there."""
     if asked.engine.engine != "deepspeed":
         return False
-    if offload != "cpu" and not (offload == config.AUTO and torch.cuda.is_available()):
+    if offload not in ("cpu", "nvme") and not (offload == config.AUTO and torch.cuda.is_available()):
         return False
     reason = ops.ensure_ops(["cpu_adam"], screen.say, asked.engine.verbose)["cpu_adam"]
     if reason is not None:

@@ -17,7 +17,7 @@ from deepscale.parsing import Every, parse_bytes, parse_duration, parse_every
 OPTIONS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 SWITCHES = {name for name, f in OPTIONS.items() if f.metadata.get("switch")}
 # Options that take any text: paths and names.
-FREE_TEXT = {"data_dir", "deepspeed_config", "experiment", "run_name", "checkpoint_dir", "resume", "init_from"}
+FREE_TEXT = {"data_dir", "deepspeed_config", "nvme_path", "experiment", "run_name", "checkpoint_dir", "resume", "init_from"}
 
 # A value that is not the default for every option, as typed and as stored.
 OTHER: dict[str, tuple[str, Any]] = {
@@ -76,6 +76,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "engine": ("torch", "torch"),
     "zero": ("2", 2),
     "offload": ("cpu", "cpu"),
+    "nvme_path": ("/disk", "/disk"),
     "deepspeed_config": ("ds.json", "ds.json"),
     "pipeline_stages": ("2", 2),
     "precision": ("bf16", "bf16"),

@@ -77,7 +77,10 @@ def test_every_file_of_ds_configs_resolves(name: str, offload: str, precision: s
     """By its path, as a user gives it, and accepted by DeepSpeed's own check."""
     pytest.importorskip("deepspeed")
     path = paths.ds_config_path(name)
-    asked = Config().replace(deepspeed_config=str(path), offload="auto")
+    if name.endswith("_nvme"):
+        offload = "nvme"
+    disk = {"nvme_path": "/disk"} if offload == "nvme" else {}
+    asked = Config().replace(deepspeed_config=str(path), offload="auto", **disk)
     stage, resting = engine_config.stage_and_offload(asked)
     assert stage == int(name[4])
     if name.endswith("_offload"):
@@ -85,7 +88,7 @@ def test_every_file_of_ds_configs_resolves(name: str, offload: str, precision: s
         offload = "cpu"
     elif name == "zero0":
         offload = "none"
-    settings = engine_config.resolve(planned(zero=stage, offload=offload, precision=precision, deepspeed_config=str(path)), 1, True)
+    settings = engine_config.resolve(planned(zero=stage, offload=offload, precision=precision, deepspeed_config=str(path), **disk), 1, True)
     engine_config.refuse_unknown(settings, path)
     assert autos(settings) == 0
     offloaded = {key for key in settings["zero_optimization"] if key.startswith("offload")}
@@ -252,7 +255,7 @@ def test_sections_that_put_the_residual_stream_in_low_precision_are_refused(writ
         ({"offload": "none"}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["cpu", "--offload none"]),
         ({"offload": "cpu"}, {"zero_optimization": {"stage": 2}}, ["none", "--offload cpu"]),
         ({"offload": "auto"}, {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["stage 0", "--zero 2"]),
-        ({"offload": "auto"}, {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["NVMe", "libaio", "--offload cpu"]),
+        ({"offload": "auto"}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ["stage 2", "--offload cpu"]),
     ],
 )
 def test_stage_and_offload_of_file_and_command(write: WriteFile, settings: dict[str, Any], content: Any, named: list[str]) -> None:
@@ -323,9 +326,12 @@ def test_what_deepspeed_itself_refuses_is_one_sentence(write: WriteFile, zero: d
     assert "\n" not in str(refused.value) and "pydantic" not in str(refused.value)
 
 
-def test_nvme_and_stage_0_with_offload_are_refused_on_the_command_line() -> None:
-    with pytest.raises(UsageError, match=r"--offload nvme.*libaio.*--offload cpu"):
-        engine_config.stage_and_offload(Config().replace(offload="nvme"))
+def test_a_stage_that_cannot_offload_so_is_refused_on_the_command_line() -> None:
+    with pytest.raises(UsageError, match=r"--offload nvme.*stage 1.*--zero 3.*--offload cpu"):
+        engine_config.stage_and_offload(Config().replace(zero=1, offload="nvme"))
+    with pytest.raises(UsageError, match=r"--nvme-path /disk is for --offload nvme"):
+        engine_config.stage_and_offload(Config().replace(nvme_path="/disk"))
+    assert engine_config.stage_and_offload(Config().replace(offload="nvme")) == (3, "nvme")
     with pytest.raises(UsageError, match=r"--offload cpu.*stage 0.*--zero 2"):
         engine_config.stage_and_offload(Config().replace(zero=0, offload="cpu"))
     assert engine_config.stage_and_offload(Config()) == ("auto", "auto")

@@ -39,6 +39,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, engine: Engine, world: Wor
             held = engine.held(parameter)
             for kind, own in {"weight": held.weight, **held.moments}.items():
                 fragments.read_into(kind, name, held.start, own)
+            if held.changed is not None:
+                held.changed()
             if held.forward is not None:
                 fragments.read_into("weight", name, *held.forward)
         for name, buffer in buffers_of(model).items():

@@ -67,6 +67,9 @@ class Saver:
         self.current: tuple[Draft, threading.Thread] | None = None
         self.copies: dict[str, Tensor] = {}
         self.attempts = 0
+        self.listed: dict[str, Tensor] | None = None
+        self.starts: dict[str, int] = {}  # where this rank's parts begin
+        self.own: set[str] = set()  # names of what `_parts` has copied
         if world.is_main:
             for leftover in folder.glob(".step-*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -103,7 +106,8 @@ class Saver:
         }  # fmt: skip
         manifest = self._shapes | json.loads(json.dumps(manifest))  # as it will be read; and whatever changes later does not change it
         folder = self.folder / f".{step_name(step)}.{self.token}-{self.attempts}.tmp"
-        return Draft(step, folder, manifest, self._states(), self._parts[1], {name: np.array(array) for name, array in arrays.items()}, best)
+        states = self._states()
+        return Draft(step, folder, manifest, states, self.starts, {name: np.array(array) for name, array in arrays.items()}, best)
 
     @functools.cached_property
     def _shapes(self) -> dict[str, Any]:
@@ -114,12 +118,13 @@ class Saver:
             "buffers": {name: list(buffer.shape) for name, buffer in buffers_of(self.model).items()},
         }
 
-    @functools.cached_property
-    def _parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """This rank's part of weights and moments by the names of its file, as views of memory that steps change in place, and where it starts.
+    def _parts(self) -> dict[str, Tensor]:
+        """This rank's part of weights and moments by the names of its file, as views of memory that steps change in place.
 
-        Listed once: at depth that takes as long as copying a third of it.
+        Listed once: at depth that takes as long as copying a third of it. Of what rests on a disk there are copies, made each time.
         """
+        if self.listed is not None:
+            return self.listed
         tensors: dict[str, Tensor] = {}
         starts: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
@@ -129,12 +134,19 @@ class Saver:
                 first, last = (last * rank // self.world.data_size for rank in (self.world.data_rank, self.world.data_rank + 1))
             if first < last:
                 starts[name] = held.start + first
-                tensors |= {f"{kind}/{name}": part[first:last] for kind, part in {"weight": held.weight, **held.moments}.items()}
-        return tensors, starts
+                parts = {f"{kind}/{name}": part[first:last] for kind, part in {"weight": held.weight, **held.moments}.items()}
+                if held.changed is not None:
+                    parts = {key: part.clone() for key, part in parts.items()}
+                    self.own |= parts.keys()
+                tensors |= parts
+        self.starts = starts
+        if not self.own:
+            self.listed = tensors
+        return tensors
 
     def _states(self) -> dict[str, Tensor]:
         """What this rank writes, by the names of its file."""
-        tensors = self._parts[0] | {f"buffer/{name}": buffer for name, buffer in buffers_of(self.model).items()}
+        tensors = self._parts() | {f"buffer/{name}": buffer for name, buffer in buffers_of(self.model).items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.world.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.world.device)
@@ -152,6 +164,9 @@ class Saver:
 
     def _copy(self, draft: Draft) -> None:
         """The states as they are now, into host memory that later saves use again: allocating it takes longer than copying."""
+        if self.own:
+            draft.tensors = {name: tensor if name in self.own else tensor.clone() for name, tensor in draft.tensors.items()}
+            return
         if not self.copies:
             self.copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in draft.tensors.items()}
         torch._foreach_copy_([self.copies[name] for name in draft.tensors], list(draft.tensors.values()))

@@ -121,6 +121,8 @@ class Recorder:
         if measured is None:
             return
         for name, (share, before) in self.before.items():
+            if share.again is not None:
+                share = share._replace(weight=share.again())
             measured.change(self.layers[name], share, before, self.sizes[name])
         self.before, self.measured = {}, None
         if self.spread:
