@@ -1,4 +1,4 @@
-"""One rank of test_nvme.py: the cases of engine_worker.py, and the check before a run, whole and with what it must find.
+"""One rank of test_nvme.py: cases of engine_worker.py and of checkpoint_worker.py ("saves"), and the check before a run.
 
     RANK=0 WORLD_SIZE=1 ... python nvme_worker.py cases.json results
 
@@ -9,6 +9,7 @@ import os
 from typing import Any
 from unittest.mock import patch
 
+import checkpoint_worker
 import engine_worker
 from rank import Case, run_cases
 from torch import Tensor
@@ -53,6 +54,8 @@ def run(case: Case, place: world.World) -> Any:
     """A check, or steps of training, and the names in the disk's folder meanwhile."""
     if "wrong" in case:
         return checked(case, place)
+    if "saves" in case:
+        return checkpoint_worker.run(case, place)
     result = engine_worker.run(case, place)
     path = case["settings"].get("nvme_path")
     files = [file for _, _, names in os.walk(path) for file in names if file.endswith(".swp")] if path else []

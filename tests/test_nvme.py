@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -12,12 +11,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import Launch, run_ranks
 from test_engine import apart
 
+from deepscale.checkpoints.tensor_file import TensorFile
 from deepscale.errors import DiskError, UsageError
 from deepscale.nvme import folder, transfer
 from deepscale.nvme.transfer import BLOCK, CHUNK, Handle
+from deepscale.paths import ds_config_path
 
 Results = dict[str, Any]
 
@@ -139,48 +140,62 @@ def test_the_speed_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
 
 # Of the wide tensors' parts on each of two ranks some are above 1 MiB and some below.
 WIDE = {"blocks": (1, 1, 5, 1), "width": 48, "stack_size": 5, "clip": 0.0, "zero": 3, "kernel": "torch", "layerscale_init": 1.0, "device": "cpu"}
-STEPS = 3
+STEPS, HALF, END = 3, 3, 6  # of training; of training that is saved
+WRONG = {1: ("as libaio",), 2: ("nothing", "one number")}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    """What every rank found."""
-    pytest.importorskip("deepspeed")
-    place = tmp_path_factory.mktemp("nvme")
-    (place / "disk").mkdir()
+def cases_of(place: Path, ranks: int) -> Iterator[dict[str, Any]]:
+    """Checks with and without an error; training with a disk and without, also of the optimiser alone; saved and resumed."""
     disk = {"offload": "nvme", "nvme_path": str(place / "disk")}
-    own = json.loads((Path(__file__).parents[1] / "ds_configs" / "zero3_nvme.json").read_text())
+    for wrong in WRONG[ranks]:
+        yield {"name": f"wrong: {wrong}", "settings": {**WIDE, **disk}, "wrong": wrong}
+    for name, settings in (("without", WIDE), ("with", {**WIDE, **disk})):
+        yield {"name": name, "steps": STEPS, "settings": settings}
+    if ranks == 1:
+        return
+    own = json.loads(ds_config_path("zero3_nvme").read_text())
     del own["zero_optimization"]["offload_param"]
-    own["zero_optimization"]["stage3_prefetch_bucket_size"] = "auto"
     (place / "optimizer.json").write_text(json.dumps(own))
-    cases: list[dict[str, Any]] = [{"name": f"wrong: {wrong}", "settings": {**WIDE, **disk}, "wrong": wrong} for wrong in WRONG]
-    cases += [{"name": "without", "steps": STEPS, "settings": WIDE}]
-    cases += [{"name": "with", "steps": STEPS, "settings": {**WIDE, **disk}}]
-    optimizer = {**disk, "deepspeed_config": str(place / "optimizer.json")}
-    cases += [{"name": "optimizer", "steps": STEPS, "settings": {**WIDE, **optimizer, "accumulation": 2}}]
-    cases += [{"name": "accumulated", "steps": STEPS, "settings": {**WIDE, "accumulation": 2}}]
-    results, outputs = run_ranks("nvme_worker.py", cases, place, request.param, timeout_s=280)
-    assert not any(outputs), "the ranks are not silent:\n" + "\n".join(outputs)
-    results[0]["left"] = os.listdir(place / "disk")
-    return results
+    accumulated = {**WIDE, "accumulation": 2}
+    yield {"name": "accumulated", "steps": STEPS, "settings": accumulated}
+    yield {"name": "optimizer", "steps": STEPS, "settings": {**accumulated, **disk, "deepspeed_config": str(place / "optimizer.json")}}
+    saved = {"saves": [HALF, END], "last": END}
+    yield {"name": "saved without", "settings": WIDE, "folder": str(place / "without"), "saves": [END], "last": END}
+    yield {"name": "saved", "settings": {**WIDE, **disk}, "folder": str(place / "with"), "asynchronous": True, **saved}
+    yield {"name": "resumed", "settings": {**WIDE, **disk}, "folder": str(place / "resumed"), "from": str(place / "with"), **saved}
 
 
-WRONG = ("as libaio", "one number", "nothing")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nvme")
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_the_check_finds_what_is_wrong(ranks: list[Results], wrong: str) -> None:
+@pytest.fixture(scope="module")
+def ranks(place: Path) -> dict[int, list[Results]]:
+    """What every rank found, of one and of two."""
+    pytest.importorskip("deepspeed")
+    found = {}
+    for number in (1, 2):
+        folder = place / str(number)
+        (folder / "disk").mkdir(parents=True)
+        found[number], outputs = run_ranks("nvme_worker.py", [*cases_of(folder, number)], folder, number, timeout_s=280)
+        assert not any(outputs), "the ranks are not silent:\n" + "\n".join(outputs)
+    return found
+
+
+@pytest.mark.parametrize(("number", "wrong"), [(number, wrong) for number, several in WRONG.items() for wrong in several])
+def test_the_check_finds_what_is_wrong(ranks: dict[int, list[Results]], number: int, wrong: str) -> None:
     """DeepSpeed's own error among them, on every rank."""
-    for rank in ranks:
+    for rank in ranks[number]:
         sentence = rank[f"wrong: {wrong}"]
         assert (sentence is None) == (wrong == "nothing"), sentence
         if sentence is not None:
             assert all(word in sentence for word in ("--offload nvme", "wrong", "type --offload cpu", "zero3_offload.json"))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("with", "without"), ("optimizer", "accumulated")])
-def test_training_is_bit_for_bit_what_it_is_without_a_disk(ranks: list[Results], name: str, expected: str) -> None:
-    for rank in ranks:
+@pytest.mark.parametrize(("number", "name", "expected"), [(1, "with", "without"), (2, "with", "without"), (2, "optimizer", "accumulated")])
+def test_training_is_bit_for_bit_what_it_is_without_a_disk(ranks: dict[int, list[Results]], number: int, name: str, expected: str) -> None:
+    for rank in ranks[number]:
         found, other = rank[name], rank[expected]
         assert found["losses"] == other["losses"]
         assert [apart(a, b) for a, b in zip(found["gradients"], other["gradients"], strict=True)] == [0.0, 0.0]
@@ -188,14 +203,67 @@ def test_training_is_bit_for_bit_what_it_is_without_a_disk(ranks: list[Results],
         assert torch.equal(found["evaluated"], other["evaluated"])
 
 
-def test_states_and_parameters_are_on_the_disk_while_it_trains(ranks: list[Results]) -> None:
-    files = ranks[0]["with"]["files"]
+@pytest.mark.parametrize("number", [1, 2])
+def test_states_and_parameters_are_on_the_disk_while_it_trains(ranks: dict[int, list[Results]], number: int) -> None:
+    files = ranks[number][0]["with"]["files"]
     for part in ("_param", "_gradient_", "exp_avg-", "exp_avg_sq-"):
         assert any(part in file for file in files), files
 
 
-def test_nothing_is_left_on_the_disk(ranks: list[Results]) -> None:
-    assert ranks[0]["left"] == []
+def test_a_checkpoint_holds_what_is_on_the_disk_and_fills_it_again(ranks: dict[int, list[Results]], place: Path) -> None:
+    """The same files as without a disk, and the rest of the run from the half of it."""
+    for rank, found in enumerate(ranks[2]):
+        whole, resumed, without = (found[name] for name in ("saved", "resumed", "saved without"))
+        assert whole["losses"] == without["losses"] and resumed["losses"] == whole["losses"][HALF:]
+        assert torch.equal(resumed["evaluated"], whole["evaluated"]) and torch.equal(without["evaluated"], whole["evaluated"])
+        first, *others = (place / "2" / name / f"step-{END:08d}" / f"rank-{rank}.safetensors" for name in ("without", "with", "resumed"))
+        expected = TensorFile(first)
+        for other in map(TensorFile, others):
+            names = [name for name in expected.entries if not name.startswith("random/")]
+            assert [name for name in names if not torch.equal(expected.read(name), other.read(name))] == []
+
+
+def test_nothing_is_left_on_the_disk(ranks: dict[int, list[Results]], place: Path) -> None:
+    assert [*(place / "1" / "disk").iterdir(), *(place / "2" / "disk").iterdir()] == []
+
+
+TRAINING = [
+    "--dataset", "synthetic", "--feed", "tensors", "--blocks", "1,1,5,1", "--width", "48", "--patch-size", "4", "--batch-size", "8",
+    "--eval-images", "20", "--threads", "1", "--device", "cpu", "--kernel", "torch", "--max-steps", "3", "--record-every", "1",
+]  # fmt: skip
+FULL = """
+import errno, os
+from deepscale import stop, train
+from deepscale.nvme import transfer
+
+write, written = os.pwrite, []
+
+def until_it_is_full(file, view, at):
+    written.append(len(view))
+    if sum(written) > 300e6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(file, view, at)
+
+transfer.os.pwrite = until_it_is_full
+stop.program(train.main)
+"""
+
+
+def test_trained_by_the_launcher_and_ended_where_the_disk_is_full(launch: Launch, tmp_path: Path) -> None:
+    """With the file of ds_configs/, by two ranks; records of weights on the disk; nothing is left, with an error and without."""
+    pytest.importorskip("deepspeed")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "full.py").write_text(FULL)
+    arguments = [*TRAINING, "--no-tracking", "--deepspeed_config", str(ds_config_path("zero3_nvme")), "--nvme-path", "disk"]
+    ended = launch(*arguments, ranks=2)
+    assert ended.returncode == 0, ended.output
+    assert "a rank rest in disk: it reads" in ended.output and "two steps with it are equal to plain torch's" in ended.output
+    assert [*(tmp_path / "disk").iterdir()] == []
+    full = launch(*arguments, script=tmp_path / "full.py")
+    assert full.returncode == 1, full.output
+    assert "the disk with the states of --offload nvme failed" in full.output and "No space left on device; make room there" in full.output
+    assert "step 1/3" in full.output and "Traceback" not in full.output
+    assert [*(tmp_path / "disk").iterdir()] == []
 
 
 def test_deepspeed_finds_our_reads_and_writes_where_it_looks_for_its_op(monkeypatch: pytest.MonkeyPatch) -> None:

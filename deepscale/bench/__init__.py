@@ -1,6 +1,6 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|activations|reversible|revolve|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|plan|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|reversible|revolve|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|nvme|plan|gpu [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh
@@ -37,6 +37,7 @@ BENCHES = {
     "checkpoint": "saving a checkpoint of 10,001 layers beside writing as many bytes, the wait of an asynchronous save, and resuming",
     "sweep": "what a trial of a sweep takes beside its training, and two trials at once of each other's time",
     "zero3": "ZeRO-3 at 10,001 layers: start, step and memory beside the other stages, and what two ranks gather at once",
+    "nvme": "states and parameters on a disk beside host memory: step, peak memory, and whether training is the same",
     "plan": "memory and seconds as planned against as measured, over many configurations",
     "gpu": "one GPU: is it right, how long is a step, how much memory, at 26 to 10,001 layers and widths 64 to 512",
 }

@@ -38,7 +38,8 @@ def run_program(
     command = config.parser(prog, "Measure one network in this process.")
     command.add_argument("--network", choices=("stacked", "plain"), default="stacked")
     command.add_argument("--engine", choices=("deepspeed", "torch"), default="deepspeed")
-    command.add_argument("--offload", choices=("none", "cpu"), default="none")
+    command.add_argument("--offload", choices=("none", "cpu", "nvme"), default="none")
+    command.add_argument("--nvme-path")
     command.add_argument("--kernel", choices=KERNELS, default="auto")
     for name in ("depth", "width", "batch-size", "threads"):
         command.add_argument(f"--{name}", type=whole(), required=True)
@@ -46,7 +47,7 @@ def run_program(
         command.add_argument(f"--{name}", type=whole(0), default=default)
     values = command.parse_args(arguments)
     hush(verbose=False)
-    names = ("depth", "width", "batch_size", "segment", "engine", "zero", "offload", "threads", "kernel")
+    names = ("depth", "width", "batch_size", "segment", "engine", "zero", "offload", "nvme_path", "threads", "kernel")
     settings = networks.configuration(**settings_of(values, *names))
     try:
         place = _joined(settings)
