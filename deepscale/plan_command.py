@@ -204,6 +204,8 @@ def command(asked: Config, settings: Config, ranks: int, nodes: int = 1) -> str:
     if network != "convnext":
         chosen = [name for name in chosen if name not in ("stack_size", *registry.unknown(network))]
     parts = [part for name in [*chosen, *(name for name in given if name not in CHOSEN)] for part in config.typed(name, values[name])]
+    if settings.engine.offload == "nvme" and settings.engine.nvme_path is None:
+        parts += ["--nvme-path", "DIR"]
     if nodes > 1:
         return shlex.join(["sbatch", f"--nodes={nodes}", f"--gpus-per-node={ranks // nodes}", "slurm/train.sbatch", *parts])
     plain = asked.engine.engine == "torch" and ranks == 1

@@ -22,7 +22,7 @@ def choice_record(choice: Choice, settings: Config, machine: Machine, shape: dic
     device |= {"workspace": memory.workspace, "data": memory.data, "retained": memory.retained, "peak": memory.device}
     host = {"weights": states.weights_host, "gradients": states.gradients_host, "optimizer": states.optimizer_host}
     host |= {"kept": memory.kept_host, "peak": memory.host}
-    return dataclasses.asdict(choice) | {"device": device, "host": host, "total": memory.total, "fits": fits(memory, machine)}
+    return dataclasses.asdict(choice) | {"device": device, "host": host, "disk": states.disk, "total": memory.total, "fits": fits(memory, machine)}
 
 
 def text(record: Record) -> str:
@@ -107,13 +107,22 @@ def _states(record: Record) -> list[str]:
     found, policies = record["choices"], list(dict.fromkeys(_policy(row) for row in record["choices"]))
     chosen = (record["recommended"]["zero"], record["recommended"]["offload"], _policy(record["recommended"]))
     head = ["ZeRO", "offload", "weights", "gradients", "optimizer", "buffers", "on the host", *policies]
-    lines = [head]
+    disk = any(row["disk"] for row in found)
+    lines = [head + ["on a disk"] * disk]
     for zero, offload in sorted({(row["zero"], row["offload"]) for row in found}, key=lambda place: (place[1] == "cpu", place[0])):
         own = {_policy(row): row for row in found if (row["zero"], row["offload"]) == (zero, offload)}
         first = next(iter(own.values()))
         states = [first["device"][name] for name in ("weights", "gradients", "optimizer", "buffers")]
         peaks = [_peak(own[name], record, (zero, offload, name) == chosen) if name in own else "" for name in policies]
-        lines.append([str(zero), offload, *(_gib(value) for value in (*states, first["host"]["peak"] - first["host"]["kept"])), *peaks])
+        lines.append(
+            [
+                str(zero),
+                offload,
+                *(_gib(value) for value in (*states, first["host"]["peak"] - first["host"]["kept"])),
+                *peaks,
+                *([_gib(first["disk"])] * disk),
+            ]
+        )
     return _table(lines)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, plan, revolve, start, step, sweep, worker, zero3
+from deepscale.bench import BENCHES, data, deep, gradflow, main, networks, nvme, plan, revolve, start, step, sweep, worker, zero3
 from deepscale.bench.kept import kept_bytes
 from deepscale.bench.report import Goal, Report, Row, number, ratio, write_json
 from deepscale.data import beton
@@ -317,6 +317,27 @@ def test_zero3_puts_what_is_gathered_beside_the_largest_stack(
     assert rows["a step: recompute, nothing ahead"]["median"] == 1.5
     assert rows["peak over the start: recompute, nothing ahead"]["median"] == 2
     assert "largest relative difference from plain torch on one: 2.0e-03" in capsys.readouterr().out
+
+
+def test_nvme_puts_a_disk_beside_host_memory(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every place in turn, on the disk that is named; losses that differ are said."""
+    asked: list[dict[str, Any]] = []
+
+    def run(module: str, options: dict[str, Any], **_: Any) -> dict[str, Any]:
+        asked.append(options)
+        far = {"none": 8, "cpu": 8, "nvme": 2}[options["offload"]] * 10**6
+        return {"step_wall_s": [1.0, 2.0, 4.0], "losses": [2.0, 1.0 + (options["offload"] == "nvme")], "peak_bytes": far + 10**6, "base_bytes": 10**6}
+
+    monkeypatch.setattr(nvme, "run_worker", run)
+    page = tmp_path / "page.md"
+    rows = bench("nvme", "--depth", "26", "--width", "64", "--rounds", "2", "--nvme-path", str(tmp_path), "--page", str(page))
+    assert [options["offload"] for options in asked] == ["none", "cpu", "nvme"] * 2
+    assert {str(Path(options["nvme_path"]).parent) for options in asked if options["offload"] == "nvme"} == {str(tmp_path)}
+    assert rows["step, --offload nvme"]["values"] == [2.0, 2.0] and rows["peak over the start, --offload nvme"]["median"] == pytest.approx(0.002)
+    assert 12 * 5.6 < 1000 * rows["on the disk, planned"]["median"] < 20 * 5.7  # MB, of 5.6 million parameters
+    text = page.read_text()
+    assert "are NOT the same" in text and all(f"| {what} " in text for what in rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "page.md"]
 
 
 def test_zero3_starts_every_stage(bench: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

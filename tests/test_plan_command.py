@@ -52,6 +52,18 @@ def test_a_plan_for_a_gpu_that_is_not_here(planned: Any) -> None:
     assert found["host_bytes"] == chosen["host"]["peak"] > 24 * 2**30
 
 
+def test_states_on_a_disk_are_planned_and_shown(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """12 bytes a parameter and 8 of the large ones; the host is left with gradients, what is small, and buffers."""
+    at = {offload: planned(*ON_A_GPU, "--zero", "3", "--offload", offload) for offload in ("cpu", "nvme")}
+    host, disk, parameters = at["nvme"]["host_bytes"], at["nvme"]["choices"][0]["disk"], at["nvme"]["parameters"]
+    assert 12 * parameters < disk <= 20 * parameters and at["cpu"]["choices"][0]["disk"] == 0
+    assert 4 * parameters < host < 0.3 * at["cpu"]["host_bytes"]
+    assert at["nvme"]["command"].endswith("--nvme-path DIR") and pasted(at["nvme"]["command"])["offload"] == "nvme"
+    plan_command.main([*ON_A_GPU, "--offload", "nvme"])
+    text = capsys.readouterr().out
+    assert "offload to a disk" in text and "| on a disk |" in text and f"{disk / 2**30:.2f} |" in text
+
+
 @pytest.mark.parametrize(
     "given",
     [

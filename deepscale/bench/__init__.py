@@ -1,6 +1,7 @@
 """`deepscale bench`: the promises on speed and memory, measured again by anyone.
 
-    deepscale bench start|step|memory|activations|reversible|revolve|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|nvme|plan|gpu [--json FILE]
+    deepscale bench start|step|memory|activations|reversible|revolve|depth|growth|scaling|data|gradflow|checkpoint|sweep|zero3|nvme|plan|gpu
+    [--json FILE]
 
 Each prints a table with its goals, and beside it the hardware, the versions, the sizes and the exact command. What is compared
 is measured interleaved in one run, since a machine's speed drifts; what is absolute is CPU time or resident memory of fresh

@@ -4,6 +4,7 @@ DeepSpeed 0.19.8 by itself is wrong (transfer.py), without an error; no other ve
 """
 
 import copy
+import shutil
 from typing import Any
 
 import torch
@@ -74,10 +75,11 @@ def _with_disk(config: Config, settings: dict[str, Any], place: World, cpu_adam:
     import deepspeed
 
     transfer.install()
+    own = own_folder(str(config.engine.nvme_path))
     model = Network(place.size)
     with quiet(config.engine.verbose):
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config.recipe, cpu_adam), config=_for_this(settings, place, model)
+            model=model, optimizer=build_optimizer(model, config.recipe, cpu_adam), config=_for_this(settings, place, model, str(own))
         )
     start = torch.zeros((), device=place.device)
     for _ in range(STEPS):
@@ -88,10 +90,11 @@ def _with_disk(config: Config, settings: dict[str, Any], place: World, cpu_adam:
         with deepspeed.zero.GatheredParameters(parameter):
             weights[name] = parameter.detach().cpu().clone()
     engine.destroy()
+    shutil.rmtree(own, ignore_errors=True)
     return weights
 
 
-def _for_this(settings: dict[str, Any], place: World, model: nn.Module) -> dict[str, Any]:
+def _for_this(settings: dict[str, Any], place: World, model: nn.Module, path: str) -> dict[str, Any]:
     """The run's settings with batches and buffers of this network's, unclipped, in float32."""
     own = copy.deepcopy(settings)
     own |= {"train_batch_size": place.size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
@@ -99,7 +102,7 @@ def _for_this(settings: dict[str, Any], place: World, model: nn.Module) -> dict[
     zero = own["zero_optimization"]
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
-            zero[key]["nvme_path"] = str(own_folder(zero[key]["nvme_path"]))
+            zero[key]["nvme_path"] = path
     if zero.get("offload_param", {}).get("device") == "nvme":
         zero["offload_param"] |= {"buffer_size": max(p.numel() for p in model.parameters()), "buffer_count": 8}
     return own
