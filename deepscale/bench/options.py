@@ -14,7 +14,7 @@ from deepscale.provenance import hardware
 KERNELS = ("auto", "native", "torch")
 UNSIZED = ("rounds", "warm_up", "deep_steps", "part", "policies", "steps", "tolerance")  # how often and what, but no size that a goal is about
 
-NO_SIZE = ("json", "out", "csv", "figure", "page", "merge", "tracking", "time_limit")  # where results go, and from where they come
+NO_SIZE = ("json", "out", "csv", "figure", "page", "merge", "tracking", "nvme_path", "time_limit")  # where results go, and from where they come
 
 
 def whole(low: int = 1) -> Callable[[str], int]:
