@@ -30,7 +30,7 @@ class BlockObserver:
         self._outputs: list[tuple[int, Tensor, Tensor]] = []  # mean, root mean square deviation
         self._gradients: list[tuple[int, Tensor]] = []
         self._derivatives: list[tuple[int, Tensor, int]] = []  # saturated outputs per unit, rows
-        self._measured: list[tuple[int, Tensor, int]] = []  # by a kernel: all of these; apart only when they are collected
+        self._measured: list[tuple[Tensor, dict[int, int]]] = []  # by a kernel, in a pass: all of these (n, 3 + units), and each block's rows
 
     def output(self, i: int, x: Tensor) -> None:
         """Block i's output x, of any shape."""
@@ -47,9 +47,16 @@ class BlockObserver:
         """f' of block i's activation, rows (M, units); overwritten."""
         self._derivatives.append((i, derivative.detach().abs_().lt_(SATURATED).sum(0, dtype=torch.float32), len(derivative)))
 
+    def room(self, i: int) -> Tensor:
+        """Where a kernel writes block i's numbers, float64 (3 + units). All blocks of a pass have theirs side by side: small tensors between
+        the activations that backward frees would keep malloc from using that memory for gradients."""
+        if not self._measured or i in self._measured[-1][1]:
+            self._measured.append((torch.empty(self.blocks, 3 + self.units, dtype=torch.float64), {}))
+        return self._measured[-1][0][i]
+
     def measured(self, i: int, numbers: Tensor, rows: int) -> None:
-        """What a kernel has measured of block i: float64 (3 + units), as `gradient`, `output` of the block before, and `derivative` would."""
-        self._measured.append((i, numbers, rows))
+        """What a kernel has measured of block i, in its room: as `gradient`, `output` of the block before, and `derivative` would."""
+        self._measured[-1][1][i] = rows
 
     def counted(self, i: int, saturated: Tensor, rows: int) -> None:
         """Block i's saturated outputs per unit (units,), of so many rows, as `derivative` would count them."""
@@ -74,19 +81,18 @@ class BlockObserver:
             at, counts, rows = zip(*self._derivatives, strict=True)
             self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
             self._add(at, torch.stack(counts).double().T, self.saturated.T)
-        if self._measured:
-            self._collect_measured()
+        for numbers, measured in self._measured:
+            self._collect_measured(numbers, measured)
         self.reset(self.activations)
         self.collected = True
 
-    def _collect_measured(self) -> None:
-        at, numbers, rows = zip(*self._measured, strict=True)
-        together = torch.stack(numbers)  # (passes, 3 + units)
+    def _collect_measured(self, numbers: Tensor, rows: dict[int, int]) -> None:
+        at, together = tuple(rows), numbers[list(rows)]  # (measured blocks, 3 + units)
         self._add(at, together[:, 0].square()[None], self.sums[4:5])
-        later = torch.tensor([i > 0 for i in at], device=together.device)  # the first block has none before it
+        later = torch.tensor([i > 0 for i in at])  # the first block has none before it
         self._add_outputs(tuple(i - 1 for i in at if i), together[later, 1], together[later, 2])
         if self.activations:
-            self._add(at, torch.tensor(rows, dtype=torch.float64, device=self.device)[None], self.sums[5:])
+            self._add(at, torch.tensor([list(rows.values())], dtype=torch.float64), self.sums[5:])
             self._add(at, together[:, 3:].T, self.saturated.T)
 
     def _add_outputs(self, at: tuple[int, ...], mean: Tensor, deviation: Tensor) -> None:

@@ -199,7 +199,7 @@ class _DerivativesOnly(BlockObserver):
     """Shows an observer the activations' derivatives of a branch: its input and the gradient on its output are only half of what it asks for."""
 
     def __init__(self, observer: BlockObserver) -> None:
-        self.observer, self.activations = observer, observer.activations
+        self.observer, self.activations, self.units = observer, observer.activations, observer.units
 
     def output(self, i: int, x: Tensor) -> None:
         pass
@@ -209,6 +209,9 @@ class _DerivativesOnly(BlockObserver):
 
     def derivative(self, i: int, derivative: Tensor) -> None:
         self.observer.derivative(i, derivative)
+
+    def room(self, i: int) -> Tensor:
+        return torch.empty(3 + self.units, dtype=torch.float64)
 
     def measured(self, i: int, numbers: Tensor, rows: int) -> None:
         self.observer.counted(i, numbers[3:], rows)
