@@ -132,6 +132,10 @@ class Policy(ABC):
         return 0
 
     @abstractmethod
+    def tensors(self, stacks: Sequence[int]) -> int:
+        """Tensors that hold them, on device and host: at depth small ones, whose own bytes count."""
+
+    @abstractmethod
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         """Bytes that its backward pass makes anew at most at a time, beside gradients and what one block's backward takes."""
 
@@ -156,6 +160,9 @@ class KeepAll(Policy):
     def kept(self, block: Block, stacks: Sequence[int]) -> int:
         return sum(stacks) * (block.input + block.standard + block.hidden + block.always)
 
+    def tensors(self, stacks: Sequence[int]) -> int:
+        return 5 * sum(stacks)
+
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         return 0
 
@@ -174,6 +181,9 @@ class Selective(Policy):
 
     def kept(self, block: Block, stacks: Sequence[int]) -> int:
         return sum(stacks) * (block.input + block.standard + block.always)
+
+    def tensors(self, stacks: Sequence[int]) -> int:
+        return 3 * sum(stacks)
 
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         return block.hidden
@@ -202,6 +212,9 @@ class Recompute(Policy):
 
     def kept(self, block: Block, stacks: Sequence[int]) -> int:
         return self.segments(stacks) * block.input + sum(stacks) * block.always
+
+    def tensors(self, stacks: Sequence[int]) -> int:
+        return self.segments(stacks)
 
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         return min(self.segment, max(stacks)) * (block.input + block.standard + block.hidden) - block.input
@@ -271,6 +284,9 @@ class Revolve(Recompute):
     def kept(self, block: Block, stacks: Sequence[int]) -> int:
         return self.slots_of(stacks) * block.input + sum(stacks) * block.always
 
+    def tensors(self, stacks: Sequence[int]) -> int:
+        return self.slots_of(stacks)
+
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         again = self.slots_of(stacks) < self.segments(stacks)  # then a segment's input may lie beside the slots
         return super().working(block, stacks) + (block.input if again else 0)
@@ -318,6 +334,9 @@ class Reconstruct(Policy):
 
     def kept(self, block: Block, stacks: Sequence[int]) -> int:
         return block.coupled + sum(stacks) * block.always
+
+    def tensors(self, stacks: Sequence[int]) -> int:
+        return 1
 
     def working(self, block: Block, stacks: Sequence[int]) -> int:
         return block.input + block.standard + block.hidden

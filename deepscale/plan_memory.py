@@ -35,6 +35,7 @@ from deepscale.plan_states import States, states_of
 # holes between what lives long, and with as much again for small tensors that come and go: freed memory that was aligned is seldom found again.
 HOLES = 0.08
 FITS = 0.9  # of the memory that is free
+TENSOR = 1_300  # a tensor's own bytes on a CPU: torch's and Python's objects, what malloc puts before it and leaves after it
 FIRST_STEPS = 4_000_000  # code that is read from the libraries, autograd's nodes, Python's objects
 
 
@@ -169,7 +170,7 @@ def _memory(config: Config, ranks: int, images: Images, stages: list[Stage], par
         *(dataclasses.replace(m, host=host) for m in (_forward(states, needs, data), *_backward(states, stages, needs, data), evaluation)),
     )
     cpu = config.engine.device != "cuda"
-    taken = FIRST_STEPS + states.holes + max(m.heap_taken for m in moments)
+    taken = FIRST_STEPS + states.holes + max(m.heap_taken for m in moments) + TENSOR * sum(need.tensors for need in needs)
     retained = max(m.flat + m.host for m in moments) + taken - max(m.bytes + m.host for m in moments) if cpu else 0
     data = 2 * images.bytes + flight.streams
     kept, segment, work = flight.open * sum(n.kept for n in needs), max(n.segment for n in needs), max(n.work for n in needs)

@@ -123,7 +123,7 @@ class Needs:
 
     kept: what its forward pass leaves for backward. segment: what is computed again before one block's backward. work: what one block's
     and one stack's backward take besides. forward: what one block and one stack take in the forward pass beside what is kept.
-    small: of segment and work, in tensors below 32 MiB.
+    small: of segment and work, in tensors below 32 MiB. tensors: that the blocks keep.
     """
 
     kept: int
@@ -131,6 +131,7 @@ class Needs:
     work: int
     forward: int
     small: int
+    tensors: int = 0
 
 
 def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]:
@@ -147,7 +148,9 @@ def needs_of(config: Config, stages: list[Stage], images: Images) -> list[Needs]
         stack = folded + _unfolding(stage)
         small = 0 if stage.stream >= LARGE else rows if stage.block.hidden // 2 < LARGE else rows // 4
         small += stack if max(stage.stacks) * _matrix(stage) * STREAM_BYTES < LARGE else 0
-        needs.append(Needs(kept, segment, _block_backward(config, stage) + stack, _block_forward(config, stage) + folded, small))
+        needs.append(
+            Needs(kept, segment, _block_backward(config, stage) + stack, _block_forward(config, stage) + folded, small, policy.tensors(stage.stacks))
+        )
     return needs
 
 
