@@ -1,15 +1,19 @@
 """Between the stacked and the plain network's names, in memory and through files: nothing is lost, and what does not fit is refused."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from deepscale import checkpoints
+from deepscale.checkpoints import tensor_file
 from deepscale.config import Config, ModelConfig, StackSize
 from deepscale.data.splits import DatasetInfo
 from deepscale.errors import UsageError
@@ -17,8 +21,6 @@ from deepscale.export import main as export
 from deepscale.models.convnext import ConvNeXt
 from deepscale.models.naming import load_plain, plain_shapes, to_plain
 from deepscale.models.reference import PlainConvNeXt
-
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 BLOCKS = (1, 2, 5, 1)
 MODELS: list[dict[str, Any]] = [
@@ -164,7 +166,7 @@ def test_export_gives_what_the_plain_network_loads(settings: dict[str, Any], tmp
     source, network = saved(tmp_path, config(**settings))
     target = tmp_path / "new" / "plain.safetensors"
     export([str(source), str(target)])
-    state = safetensors_torch.load_file(target)
+    state = safetensors.torch.load_file(target)
     assert f"{len(state):,} tensors" in capsys.readouterr().out
     plain = PlainConvNeXt(config(**settings), classes=7, channels=1)
     plain.load_state_dict(state, strict=True)
@@ -223,21 +225,21 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_file_is_refused_and_nothing_is_written(damage: str, tmp_path: Path) -> None:
     path, _ = saved(tmp_path, config())
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UsageError, match=rf"{path} is no readable safetensors file \(.+\); give one that --checkpoint-dir or deepscale export wrote"):
+    with pytest.raises(UsageError, match=rf"{path} is no intact safetensors file \(.+\); give one that --checkpoint-dir or deepscale export wrote"):
         checkpoints.convert(path, tmp_path / "target", stacked=False)
     assert not (tmp_path / "target").exists()
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UsageError, match=rf"{path} is no readable safetensors file"):
+        with pytest.raises(UsageError, match=rf"{path} is no intact safetensors file"):
             checkpoints.read(path)
 
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     for metadata in (None, {"format": "pt"}):
-        safetensors_torch.save_file({"weight": torch.ones(3)}, path, metadata)
+        safetensors.torch.save_file({"weight": torch.ones(3)}, path, metadata)
         with pytest.raises(UsageError, match=rf"{path} was not written by deepscale"):
             checkpoints.read(path)
 
@@ -254,7 +256,7 @@ def described(**changes: Any) -> str:
 )
 def test_a_description_that_cannot_be_read_is_refused(description: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    safetensors_torch.save_file({"weight": torch.ones(3)}, path, {"deepscale": description, "layout": "plain"})
+    safetensors.torch.save_file({"weight": torch.ones(3)}, path, {"deepscale": description, "layout": "plain"})
     with pytest.raises(UsageError, match="the description of the file's network cannot be read"):
         checkpoints.convert(path, tmp_path / "target", stacked=True)
 
@@ -262,7 +264,7 @@ def test_a_description_that_cannot_be_read_is_refused(description: str, tmp_path
 @pytest.mark.parametrize("layout", ["stacked", "plain"])
 def test_tensors_of_another_network_are_refused(layout: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    safetensors_torch.save_file({"weight": torch.ones(3)}, path, {"deepscale": described(), "layout": layout})
+    safetensors.torch.save_file({"weight": torch.ones(3)}, path, {"deepscale": described(), "layout": layout})
     sentence = (
         "does not hold the tensors of the network it describes: .* Missing key"
         if layout == "stacked"
@@ -286,17 +288,15 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failing_write_is_one_sentence_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """safetensors reports a full disk as its own error, not as an OSError: the old file stays, nothing temporary is left."""
-    import safetensors
-
+    """A full disk in the middle of the file: the old one stays, nothing temporary is left."""
     path, _ = saved(tmp_path, config())
     before = path.read_bytes()
 
-    def full(state: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    def full(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         file.write_bytes(b"half")
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors_torch, "save_file", full)
+    monkeypatch.setattr(tensor_file, "write", full)
     with pytest.raises(UsageError, match=rf"{path} cannot be written \(.*No space left on device.*\); type another path"):
         saved(tmp_path, config())
     assert path.read_bytes() == before

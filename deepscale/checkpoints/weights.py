@@ -7,17 +7,17 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from deepscale import config
+from deepscale.checkpoints import tensor_file
 from deepscale.config import AUTO, Config
 from deepscale.data.splits import DatasetInfo
 from deepscale.engine import Engine
 from deepscale.engine_pipeline import PipelineEngine
-from deepscale.errors import MissingPackageError, UsageError
+from deepscale.errors import UsageError
 from deepscale.files import atomic
 from deepscale.models import registry
 from deepscale.models.components import average_running_statistics
@@ -81,23 +81,17 @@ def save(folder: Path, state: dict[str, Tensor], settings: Config, info: Dataset
 
 def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, complete or not at all; makes its folder. Raises UsageError where it cannot be written."""
-    safetensors = _safetensors()
     with atomic(path) as temporary:
-        try:
-            safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
-        except safetensors.SafetensorError as error:  # also of a full disk
-            raise OSError(str(error)) from None
+        tensor_file.write(temporary, state, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that `save` or `deepscale export` wrote. Raises UsageError."""
-    safetensors = _safetensors()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is no readable safetensors file ({error}); give one that --checkpoint-dir or deepscale export wrote") from None
+        with tensor_file.TensorFile(path) as file:
+            state, metadata = {name: file.read(name) for name in file.entries}, file.metadata
+    except UsageError as error:
+        raise UsageError(f"{error}; give one that --checkpoint-dir or deepscale export wrote") from None
     if "deepscale" not in metadata:
         raise UsageError(f"{path} was not written by deepscale: it does not say which network it belongs to")
     return state, metadata
@@ -118,12 +112,3 @@ def network_of(metadata: dict[str, str]) -> Network:
         return registry.build(model, images, size)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the description of the file's network cannot be read ({error!r}): export it with the version that wrote it") from None
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise MissingPackageError("safetensors", None, "saving weights") from None
-    return safetensors
