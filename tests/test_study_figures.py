@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deepscale import drawing
@@ -62,3 +63,16 @@ def test_a_column_that_says_nothing_of_a_case_is_left_open(found: Results) -> No
     assert lines[0] == ["case", "validation", "loss", "n", "converged"]
     assert lines[1][1:] == ["–", "1.5000 ± 0.0000", "2", "–"]
     assert lines[2][1:] == ["30.00 ± 0.00 %", "1.5000 ± 0.0000", "2", "0 of 2"]
+
+
+def test_layers_without_a_gradient_leave_a_gap(found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step 1 only the first and the last layer have one, at step 2 all but some in the middle."""
+    profile = {"1": [[1, 1.0], [100, 1.0]], "2": [[x, 1.0] for x in range(1, 101) if not 40 < x < 60]}
+    row = dataclasses.replace(found.groups[NAMES[0]].rows[0], profiles={"mean_abs": profile})
+    group = dataclasses.replace(found.groups[NAMES[0]], rows=(row,))
+    found = dataclasses.replace(found, groups={NAMES[0]: group})
+    (axis,) = drawn(figures.over_records("mean_abs"), found, monkeypatch).axes
+    first, second = axis.get_lines()
+    assert [len(line.get_xdata()) for line in (first, second)] == [3, 82]
+    assert [int(np.isnan(line.get_xdata()).sum()) for line in (first, second)] == [1, 1]
+    assert (first.get_marker(), second.get_marker()) == (".", "None")

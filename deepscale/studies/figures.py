@@ -108,10 +108,14 @@ def over_records(field: str = "mean_abs", cases: Sequence[str] = ()) -> Draw:
         colours = pyplot.get_cmap("viridis_r")
         for axis, (group, row) in zip(axes, rows, strict=True):
             moments = sorted(row.profiles[field], key=int)
+            lines = {step: _line(row.profiles[field][step]) for step in moments}
+            most = max(map(len, lines.values()))
             for i, step in enumerate(moments):
-                line = _line(row.profiles[field][step])
+                line = _broken(lines[step], most)
                 y = np.where(line[:, 1] > 0, line[:, 1], np.nan) if log else line[:, 1]
-                axis.plot(line[:, 0], factor * y, color=colours(0.1 + 0.9 * i / max(1, len(moments) - 1)), linewidth=1.2, label=f"step {int(step):,}")
+                marker = "." if 4 * len(lines[step]) < most else None
+                colour = colours(0.1 + 0.9 * i / max(1, len(moments) - 1))
+                axis.plot(line[:, 0], factor * y, color=colour, linewidth=1.2, marker=marker, label=f"step {int(step):,}")
             axis.set_title(group.case.name, fontsize=10)
             _finish(axis, "layer, from the image to the head", label, logarithmic=log)
         axes[0].legend(frameon=False, fontsize=8)
@@ -180,6 +184,13 @@ def _record(row: Row, field: str, moment: int) -> tuple[str, Points]:
 
 def _line(points: Points) -> Doubles:
     return np.array(points, float).reshape(-1, 2)
+
+
+def _broken(line: Doubles, most: int) -> Doubles:
+    """The line with a gap wherever ten points in a row are missing, of the `most` that others have: layers that gamma closes have none."""
+    usual = (line[-1, 0] - line[0, 0]) / most if len(line) else 0.0
+    gaps = np.flatnonzero(np.diff(line[:, 0]) > 10 * usual) + 1
+    return np.insert(line, gaps, np.nan, axis=0)
 
 
 def _look(i: int) -> dict[str, Any]:
