@@ -34,6 +34,8 @@ LONG = (
     "test_resume_ranks",
     "test_faults",
     "test_train",
+    "test_nvme",
+    "test_pipeline",
     "test_checkpoint_engines",
     "test_engine",
     "test_scaling",
