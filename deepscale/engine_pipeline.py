@@ -54,7 +54,8 @@ class PipelineEngine(DeepSpeedEngine):
         from deepspeed.runtime.pipe.schedule import OptimizerStep
 
         assert isinstance(module, Network)
-        self.module, self.world, self.scale, self.z0_scaler, self.cut_up = module, world, None, None, False
+        self.module, self.world, self.cut_up = module, world, False
+        self.scale = self.z0_scaler = self.swapped = None
         self.settings = engine_config.resolve(config, world.data_size, False)
         engine_config.refuse_unknown(self.settings, engine_config.path_of(config))
         self.accumulation = config.recipe.accumulation
