@@ -76,7 +76,7 @@ STUDY = Study(
     },
     findings=(
         Finding("100,001 layers of width 8 take steps of training.", _steps, lambda found: _listed(STEP, "s a step", found)),
-        Finding(f"They start within {START_S:.0f} s.", _starts, lambda found: _listed(START, "s", found)),
+        Finding(f"They take their first step within {START_S:.0f} s.", _starts, lambda found: _listed(START, "s", found)),
         Finding(
             f"The memory of all of them is planned within {BESIDE:.0%}.", _as_planned,
             lambda found: "measured over planned: " + ", ".join(f"{amount(ratio)} ({name})" for name, ratio in _ratios(found).items()),
@@ -93,6 +93,7 @@ STUDY = Study(
     notes=(
         "Converged means here that it took its steps. To be run alone (`--concurrent 1`) on a machine that is otherwise idle: the deepest take "
         "nearly all of its memory.",
+        "Start: from the row's process, which has its packages imported by the study, to the first step; a command adds the launcher and imports.",
         "What stops it is the memory of weights, gradients and AdamW's two moments, 16 bytes a parameter: at width 8 the planner refuses more than "
         "what 24 GB hold; at width 4 a million layers, the most that --depth takes, fit.",
     ),
